@@ -1,0 +1,112 @@
+"""The one module that knows that Megatron-core expects CUDA.
+
+Importing `megatron.core` on a machine without a GPU works; running it does not, because device names are written
+literally in its schedules, optimizer and checkpoint writer. `apply()` points those places at the CPU and hides a
+Transformer Engine that is importable (its kernels are CUDA only, yet Megatron would choose them). It does nothing
+where CUDA is present, so one code path serves a laptop and a cluster. Call it before the first Megatron import.
+"""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+_applied = False
+
+
+def on_cuda() -> bool:
+    """True where training runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def training_device() -> torch.device:
+    """The device of this process: its current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def apply() -> None:
+    """Redirect Megatron's CUDA assumptions to the CPU. Idempotent; a no-op where CUDA is present."""
+    global _applied
+    if _applied or on_cuda():
+        return
+    _applied = True
+    warnings.filterwarnings("ignore", module="megatron")  # advice about CUDA libraries that cannot help here
+    _hide_transformer_engine()
+    _redirect_device_queries()
+    _redirect_random_state()
+    # `with torch.device("meta")` (transformers loads models so) recognises factories by a set it makes on first use;
+    # it must be made of the originals, which is what the wrappers call.
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _without_cuda_device(getattr(torch, name)))
+    _redirect_tensor_methods()
+    _redirect_megatron_random()
+
+
+def _hide_transformer_engine() -> None:
+    if "transformer_engine" not in sys.modules:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def _redirect_device_queries() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.device_count = lambda: 1
+
+
+def _redirect_random_state() -> None:
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
+
+
+def _without_cuda_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that a literal `device="cuda"` means the CPU."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_tensor_methods() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+    plain_type = torch.Tensor.type
+
+    def type_as_if_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer tells precisions apart by names such as 'torch.cuda.FloatTensor'."""
+        answer = plain_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_as_if_on_cuda  # type: ignore[method-assign,assignment]
+
+
+def _redirect_megatron_random() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def use_one_thread_a_rank() -> None:
+    """One compute thread a rank unless the user says otherwise: gloo ranks share the cores of one machine."""
+    if not on_cuda() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

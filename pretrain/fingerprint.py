@@ -1,0 +1,77 @@
+"""Fingerprints of weights: one 64-bit number a tensor, the same for every layout of ranks.
+
+A tensor's fingerprint is the sum, modulo 2^64, of a bijective mix of each element's bits and its global index. A
+sum can be added up shard by shard, so no rank ever needs a whole tensor; and since the mix is a bijection, any change
+of a single element changes it. It guards against mistakes and decay, not against an adversary.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factories, is_main_replica
+
+from pretrain.counter_hash import GOLDEN_GAMMA, mix64
+
+_BITS_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def fingerprint_tensors(sharded_state: ShardedStateDict) -> dict[str, str]:
+    """Fingerprint of every tensor of a Megatron sharded state dict, over all ranks (a collective call).
+
+    Returns:
+        Hexadecimal fingerprints by checkpoint key; layers that share a key are told apart as `key[layer]`.
+    """
+    apply_factories(sharded_state)  # splits fused tensors into the shards a checkpoint would hold
+    sums: dict[str, int] = {}
+    for shard in _sharded_tensors(sharded_state):
+        if is_main_replica(shard.replica_id):
+            name = _tensor_name(shard)
+            sums[name] = sums.get(name, 0) + _shard_sum(shard)
+    return {name: f"{total % 2**64:016x}" for name, total in sorted(_sum_over_ranks(sums).items())}
+
+
+def differing_tensors(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Names whose fingerprints differ or that only one side has."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def _sharded_tensors(state: object) -> list[ShardedTensor]:
+    if isinstance(state, ShardedTensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [shard for child in children for shard in _sharded_tensors(child)]
+
+
+def _tensor_name(shard: ShardedTensor) -> str:
+    layer = shard.global_offset[: shard.prepend_axis_num]
+    return shard.key + "".join(f"[{index}]" for index in layer)
+
+
+def _shard_sum(shard: ShardedTensor) -> int:
+    """Sum of mixed elements of one shard, each counted at its place in the whole tensor."""
+    axes = shard.prepend_axis_num
+    global_shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
+    data = shard.data.detach().contiguous()
+    bits = data.view(_BITS_VIEW[data.element_size()]).flatten()
+    index = torch.zeros((), dtype=torch.int64, device=data.device)
+    for size, start, length in zip(global_shape, offset, data.shape, strict=True):
+        index = index[..., None] * size + torch.arange(start, start + length, device=data.device)
+    index = index.flatten()
+    total = 0
+    for first in range(0, bits.numel(), _CHUNK_ELEMENTS):
+        part = slice(first, first + _CHUNK_ELEMENTS)
+        total += int(mix64(mix64(bits[part].long()) + (index[part] + 1) * GOLDEN_GAMMA).sum())
+    return total
+
+
+def _sum_over_ranks(sums: dict[str, int]) -> dict[str, int]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return sums
+    every_rank: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every_rank, sums)
+    totals: dict[str, int] = {}
+    for rank_sums in every_rank:
+        for name, value in rank_sums.items():
+            totals[name] = totals.get(name, 0) + value
+    return totals

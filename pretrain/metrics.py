@@ -1,0 +1,161 @@
+"""Metrics: reduced over micro-batches, ranks and steps, then written to metrics.jsonl, wandb and the progress bar.
+
+Shapes: A actions.
+"""
+
+import json
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from pretrain.config import RunConfig
+from pretrain.parallel import ParallelContext
+from pretrain.recipes import recipe_fields
+from pretrain.stages.contract import StageLoss
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MeanOfSteps:
+    """Averages of what the micro-batches of several steps report, over all data-parallel ranks."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context = context
+        self.steps = 0
+        self.sums: dict[str, float] = {}
+        self.action_counts_A: torch.Tensor | None = None
+
+    def add_step(self, micro_batches: Sequence[StageLoss]) -> dict[str, float]:
+        """Add one step; returns its own means over micro-batches and ranks. Collective."""
+        names = sorted(micro_batches[0].means)
+        rows = [torch.stack([m.means[name].float() for name in names]) for m in micro_batches]
+        means = self.context.data_parallel_mean(torch.stack(rows).mean(0)).tolist()
+        step_means = dict(zip(names, means, strict=True))
+        for name, value in step_means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        counts = [m.action_counts_A for m in micro_batches if m.action_counts_A is not None]
+        if counts:
+            counts_A = torch.stack(counts).sum(0)
+            self.action_counts_A = (
+                counts_A if self.action_counts_A is None else self.action_counts_A + counts_A
+            )
+        self.steps += 1
+        return step_means
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """Means over the added steps, and how the actions were used. Collective."""
+        result: dict[str, float | int | list[float]] = {name: s / self.steps for name, s in self.sums.items()}
+        if self.action_counts_A is not None:
+            result |= action_usage(self.context.data_parallel_mean(self.action_counts_A))
+        return result
+
+
+def action_usage(counts_A: torch.Tensor) -> dict[str, float | int | list[float]]:
+    """How evenly the actions are used: number alive, perplexity, the commonest and its share, all shares."""
+    fractions_A = counts_A / counts_A.sum()
+    entropy = -torch.xlogy(fractions_A, fractions_A).sum()
+    return {
+        "alive_actions": int((counts_A > 0).sum()),
+        "action_perplexity": float(entropy.exp()),
+        "most_used_action": int(fractions_A.argmax()),
+        "most_used_action_fraction": float(fractions_A.max()),
+        "action_fractions": [round(value, 6) for value in fractions_A.tolist()],
+    }
+
+
+def peak_memory_gib(context: ParallelContext) -> float:
+    """Peak memory of the hungriest rank: of its GPU, else resident memory of its process. Collective."""
+    if context.device.type == "cuda":
+        peak_bytes = float(torch.cuda.max_memory_allocated())
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    peak = torch.tensor(peak_bytes / 2**30, device=context.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return round(float(peak), 3)
+
+
+class MetricsWriter:
+    """metrics.jsonl, wandb and the progress bar; does nothing on ranks other than the first."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext, first_step: int) -> None:
+        self.active = context.is_first_rank
+        if not self.active:
+            return
+        self.path = config.run_folder / METRICS_FILE
+        drop_lines_after(self.path, first_step)
+        self.wandb_run = _start_wandb(config)
+        self.bar = tqdm(
+            total=config.training.steps, initial=first_step, desc=config.stage, unit="step", mininterval=1.0
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.bar.close()
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
+
+    def step_done(self) -> None:
+        """Move the progress bar on by one step."""
+        if self.active:
+            self.bar.update()
+
+    def write(self, line: dict[str, float | int | str | list[float]]) -> None:
+        """Append one line; `line` holds step, stage, split and the metrics."""
+        if not self.active:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb_run is not None:
+            scalars = {f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
+            self.wandb_run.log(scalars, step=int(line["step"]))  # type: ignore[arg-type]
+        shown = {
+            "loss": "loss",
+            "alive": "alive_actions",
+            "acc": "action_accuracy",
+            "tok/s": "tokens_per_second",
+        }
+        if line["split"] == "train":
+            self.bar.set_postfix({k: f"{line[v]:.4g}" for k, v in shown.items() if v in line}, refresh=False)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove what an interrupted run logged beyond the checkpoint it resumes from."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut short by a crash
+        return float("inf")
+
+
+def _start_wandb(config: RunConfig):  # type: ignore[no-untyped-def]  # wandb is imported only when it is wanted
+    if config.logging.wandb == "off":
+        return None
+    import wandb
+
+    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    mode = "online" if config.logging.wandb == "auto" and logged_in else "offline"
+    return wandb.init(
+        project="cola-pretrain",
+        name=str(config.run_folder),
+        dir=config.run_folder,
+        mode=mode,
+        config=recipe_fields(config),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

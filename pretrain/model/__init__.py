@@ -1,0 +1,1 @@
+"""The CoLA model from Megatron-core parts."""

@@ -1,0 +1,75 @@
+"""Megatron's DDP, distributed AdamW and learning-rate schedule for the trained parts."""
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import get_model_config
+
+from pretrain.config import RunConfig
+from pretrain.model.cola import ColaModel
+
+# As in the released code: weight decay on everything trained except the codebook.
+NO_WEIGHT_DECAY = "*codebook*"
+
+
+def wrap_for_data_parallel(model: ColaModel) -> DistributedDataParallel:
+    """Gradient buffers and reduction for the tensors that require gradients; frozen ones stay outside."""
+    ddp = DistributedDataParallel(
+        config=get_model_config(model),
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        module=model,
+    )
+    get_model_config(ddp).finalize_model_grads_func = finalize_model_grads
+    return ddp
+
+
+def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW with fp32 master weights, sharded over the data-parallel ranks."""
+    settings = config.optimizer
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_gradient_norm,
+        bf16=config.training.precision == "bf16",
+        params_dtype=get_model_config(ddp).params_dtype,
+        use_distributed_optimizer=True,
+    )
+    # An explicit map also switches off Megatron's default of no decay on norms and other vectors.
+    overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+    return get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
+
+
+def build_scheduler(
+    config: RunConfig, optimizer: MegatronOptimizer, steps_done: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up and cosine decay, counted in optimizer steps, standing at `steps_done`.
+
+    The schedule is a pure function of the step, so it needs no place in a checkpoint. Step it before the optimizer:
+    the first optimizer step then has 1/warmup of the peak rate, not zero.
+    """
+    settings = config.optimizer
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.decay_steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=steps_done)
+    return scheduler

@@ -1,0 +1,88 @@
+"""Process groups: the one module that reads Megatron's global parallel state.
+
+Everything else receives a `ParallelContext`. gloo serves CPU ranks, NCCL serves GPUs.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pretrain import cpu_redirects
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """This process's place among the ranks."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_group: dist.ProcessGroup
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def is_first_rank(self) -> bool:
+        """True on the rank that writes logs and manifests."""
+        return self.rank == 0
+
+    def data_parallel_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of `values` over the data-parallel ranks; a new tensor without gradient."""
+        mean = values.detach().clone()
+        if self.data_parallel_size > 1:
+            dist.all_reduce(mean, group=self.data_parallel_group)
+            mean /= self.data_parallel_size
+        return mean
+
+
+def launched_world_size() -> int:
+    """Ranks torchrun started; 1 without torchrun. Known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelContext]:
+    """Start torch.distributed and Megatron's groups, yield the context, and tear both down again."""
+    cpu_redirects.use_one_thread_a_rank()
+    if cpu_redirects.on_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        _initialize_process_group()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    try:
+        yield ParallelContext(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+            device=cpu_redirects.training_device(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _initialize_process_group() -> None:
+    backend = "nccl" if cpu_redirects.on_cuda() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # a single process needs no rendezvous
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,217 @@
+"""Put a run together: check, prepare the run folder, build, load, and hand over to the loop."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from data_prep.blended_data import BlendedData, open_blend
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from pretrain import checkpointing
+from pretrain.config import RunConfig, find_problems
+from pretrain.data import build_datasets, find_data_problems
+from pretrain.flops import CONVENTION, flops_per_token
+from pretrain.model.cola import ColaModel
+from pretrain.optimization import build_optimizer, build_scheduler, wrap_for_data_parallel
+from pretrain.parallel import ParallelContext, launched_rank, launched_world_size, parallel_context
+from pretrain.recipes import dump_recipe, parse_recipe, recipe_from_fields
+from pretrain.stages.registry import stage_class
+from pretrain.train_loop import TrainLoop
+
+CONFIG_FILE = "config.yaml"
+# What must not change between the start of a run and its resumption: it would be another run.
+_FIXED_ON_RESUME = ("stage", "start_from", "seed", "model", "actions", "data.sequence_length",
+                    "training.global_batch_size", "training.precision")  # fmt: skip
+
+
+def check(config: RunConfig) -> BlendedData:
+    """Everything that can be wrong before anything starts.
+
+    Raises:
+        UserError: listing every problem found.
+    """
+    problems = find_problems(config, launched_world_size())
+    blend = None
+    try:
+        blend = open_blend(config.data.path)
+        problems += find_data_problems(config, blend)
+    except UserError as error:
+        problems.append(f"data.path: {error}")
+    if config.start_from is not None and config.stage != "base":
+        try:
+            problems += _start_problems(config, checkpointing.resolve_checkpoint(config.start_from), blend)
+        except UserError as error:
+            problems.append(f"start_from: {error}")
+    if problems or blend is None:
+        raise UserError(f"{len(problems)} problem(s) in this run: " + "; ".join(problems))
+    return blend
+
+
+def _start_problems(config: RunConfig, checkpoint: Path, blend: BlendedData | None) -> list[str]:
+    """What keeps `checkpoint` from being the frozen start of `config`."""
+    description = checkpointing.read_description(checkpoint)
+    before = {"idm": "base", "policy": "idm"}[config.stage]
+    if description.stage != before:
+        return [
+            f"start_from: {checkpoint} is of stage '{description.stage}', stage '{config.stage}' needs '{before}'"
+        ]
+    theirs = recipe_from_fields(description.recipe, str(checkpoint))
+    ours_text, theirs_text = _flat(config), _flat(theirs)
+    shared = [name for name in ours_text if name.startswith("model.") or name == "training.precision"]
+    if config.stage == "policy":  # the policy must not change what the actions mean
+        shared += [
+            name for name in ours_text if name.startswith("actions.") and name != "actions.num_policy_layers"
+        ]
+    problems = [
+        f"{name}: {ours_text[name]}, but {checkpoint} was trained with {theirs_text[name]}"
+        for name in shared
+        if ours_text[name] != theirs_text[name]
+    ]
+    if blend is not None and description.tokenizer_fingerprint != blend.tokenizer_fingerprint:
+        problems.append(
+            f"data.path: {blend.folder} was made with another tokenizer than the data of {checkpoint}; "
+            "blend shards of the same tokenizer"
+        )
+    return problems
+
+
+def _flat(config: RunConfig) -> dict[str, str]:
+    """Every field as dotted name -> text."""
+    flat = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "__dataclass_fields__"):
+            flat |= {f"{name}.{key}": str(inner) for key, inner in vars(value).items()}
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+def dry_run(config: RunConfig) -> None:
+    """Check the run and print what it would do, without starting it."""
+    check(config)
+    if launched_rank() != 0:
+        return
+    flops = flops_per_token(config)
+    table = Table(title=f"{config.stage}: FLOPs a token ({CONVENTION})")
+    table.add_column("module")
+    table.add_column("MFLOP", justify="right")
+    for name, value in [*flops.items(), ("total", sum(flops.values()))]:
+        table.add_row(name, f"{value / 1e6:,.3f}")
+    console = Console()
+    console.print(dump_recipe(config), highlight=False)
+    console.print(table)
+    tokens = config.training.steps * config.tokens_per_step
+    console.print(
+        f"{config.training.steps:,} steps x {config.tokens_per_step:,} tokens = {tokens:,} tokens. Checked."
+    )
+
+
+def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Run the recipe to its last step."""
+    blend = check(config)
+    prepare_run_folder(config, resume, overwrite)
+    with parallel_context(config.parallel.tensor_parallel_size, config.seed) as context:
+        if (
+            context.is_first_rank
+        ):  # after the process group stands: no rank still reads the folder's old state
+            _write_run_folder(config, overwrite)
+        dist.barrier()
+        checkpoints = checkpointing.find_checkpoints(config.run_folder) if resume else []
+        newest = checkpoints[-1] if checkpoints else None
+        first_step = checkpointing.read_description(newest).step if newest else 0
+        if first_step >= config.training.steps:
+            if context.is_first_rank:
+                print(f"{config.run_folder}: already at step {first_step}; nothing to do")
+            return
+        build_loop(config, context, blend, newest, first_step).run(first_step)
+
+
+def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that is in use, or that `--resume` would continue with another configuration."""
+    saved = config.run_folder / CONFIG_FILE
+    if not saved.exists():
+        if config.run_folder.exists() and any(config.run_folder.iterdir()) and not (resume or overwrite):
+            raise UserError(
+                f"run_folder: {config.run_folder} exists and is not empty; pass --overwrite or another folder"
+            )
+        return
+    if not resume and not overwrite:
+        raise UserError(f"run_folder: {config.run_folder} already holds a run; pass --resume or --overwrite")
+    if resume:
+        before, now = _flat(parse_recipe(saved.read_text(), str(saved))), _flat(config)
+        changed = [
+            f"{name}: {before.get(name)} -> {now[name]}"
+            for name in now
+            if before.get(name) != now[name] and name.startswith(_FIXED_ON_RESUME)
+        ]
+        if changed:
+            raise UserError(
+                f"--resume: {config.run_folder} was started with other settings ({'; '.join(changed)}); "
+                "restore them or start a new run_folder"
+            )
+
+
+def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
+    if overwrite:
+        shutil.rmtree(config.run_folder, ignore_errors=True)
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    partial = config.run_folder / (CONFIG_FILE + ".partial")
+    partial.write_text(dump_recipe(config))
+    partial.replace(config.run_folder / CONFIG_FILE)
+
+
+def build_loop(
+    config: RunConfig, context: ParallelContext, blend: BlendedData, newest: Path | None, first_step: int
+) -> TrainLoop:
+    """Build the stage and load what it starts or resumes from. Collective."""
+    samples = build_datasets(config, blend)
+    needed = config.training.steps * config.training.global_batch_size
+    if len(samples[0]) < needed:
+        raise UserError(
+            f"training.steps: {config.training.steps} steps need {needed:,} samples of {config.data.sequence_length} "
+            f"tokens, {blend.folder} holds {len(samples[0]):,}; blend more tokens or train fewer steps"
+        )
+    stage_type = stage_class(config)
+    model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
+    model.to(context.device)
+    model.freeze_all_but(stage_type.trained_parts)
+    frozen_fingerprints = _load_frozen(config, model, stage_type.frozen_parts)
+    if newest is not None:
+        checkpointing.load_parts(model, stage_type.trained_parts, newest)
+        loaded = checkpointing.model_fingerprints(
+            model, (*stage_type.frozen_parts, *stage_type.trained_parts)
+        )
+        checkpointing.check_fingerprints(
+            checkpointing.read_description(newest).fingerprints, loaded, str(newest)
+        )
+    ddp = wrap_for_data_parallel(model)
+    optimizer = build_optimizer(config, ddp)
+    if newest is not None:
+        checkpointing.load_optimizer(model, optimizer, stage_type.trained_parts, newest)
+    return TrainLoop(
+        config,
+        context,
+        stage_type(config, context.data_parallel_mean),
+        ddp,
+        optimizer,
+        build_scheduler(config, optimizer, first_step),
+        samples,
+        blend.tokenizer_fingerprint,
+        frozen_fingerprints,
+    )
+
+
+def _load_frozen(config: RunConfig, model: ColaModel, parts: tuple[str, ...]) -> dict[str, str]:
+    """Load the frozen parts and check them against the fingerprints of the run that trained them."""
+    if not parts:
+        return {}
+    assert config.start_from is not None, "checked before"
+    checkpoint = checkpointing.resolve_checkpoint(config.start_from)
+    checkpointing.load_parts(model, parts, checkpoint)
+    loaded = checkpointing.model_fingerprints(model, parts)
+    checkpointing.check_fingerprints(
+        checkpointing.read_description(checkpoint).fingerprints, loaded, str(checkpoint)
+    )
+    return loaded

@@ -1,0 +1,1 @@
+"""The three training stages, one small contract (`pretrain.stages.contract`)."""

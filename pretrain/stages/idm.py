@@ -1,0 +1,86 @@
+"""Stage `idm`: inverse dynamics model, codebook and merge layers on a frozen base (paper eq. 2-3, algorithm 1).
+
+Shapes: S sequence, B batch, H hidden, A actions.
+"""
+
+import torch
+
+from pretrain.actions import (
+    gumbel_noise,
+    masked_mean,
+    shift_to_previous,
+    straight_through_one_hot,
+    token_entropy_regulariser,
+    usage_entropy_regulariser,
+)
+from pretrain.model.cola import ColaModel
+from pretrain.stages.contract import Batch, Stage, StageLoss
+
+
+class IdmStage(Stage):
+    """Predict the next token from the state and the action that the IDM reads one token later."""
+
+    trained_parts = ("idm", "world_model")
+    frozen_parts = ("base",)
+
+    def loss(self, model: ColaModel, batch: Batch) -> StageLoss:
+        """Prediction loss plus regulariser; at evaluation, argmax actions and the base's own loss beside it."""
+        with torch.no_grad():
+            hidden_SBH = model.base.hidden(batch.tokens_BS)
+        rotary = model.base.rotary(batch.tokens_BS.shape[1])
+        idm_logits_SBA = shift_to_previous(model.idm(hidden_SBH, rotary))
+        choice_SBA, regulariser = self.choose(model, idm_logits_SBA, batch)
+        losses_SB = prediction_losses(self.config.actions.output, model, hidden_SBH, choice_SBA, batch)
+        prediction_loss = masked_mean(losses_SB)
+        loss = prediction_loss + regulariser
+        means = {"loss": loss, "prediction_loss": prediction_loss, "regulariser": regulariser}
+        if not model.training:
+            means["base_loss"] = masked_mean(model.base.token_losses(hidden_SBH, batch.labels_BS))
+        return StageLoss(loss, {k: v.detach() for k, v in means.items()}, count_actions(idm_logits_SBA))
+
+    def choose(
+        self, model: ColaModel, idm_logits_SBA: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The straight-through actions [S, B, A] and the weighted regulariser."""
+        actions = self.config.actions
+        noise_SBA = None
+        if model.training:
+            sequence_length, _, num_actions = idm_logits_SBA.shape
+            noise_SBA = gumbel_noise(self.config.seed, batch.sample_index_B, sequence_length, num_actions)
+        choice = straight_through_one_hot(idm_logits_SBA, noise_SBA, actions.temperature)
+        if actions.regulariser == "token":
+            regulariser = token_entropy_regulariser(choice.relaxed_SBA)
+        else:
+            regulariser = usage_entropy_regulariser(idm_logits_SBA, self.mean_over_ranks)
+        return choice.one_hot_SBA, actions.regulariser_coefficient * regulariser
+
+
+class VqIdmStage(IdmStage):
+    """The same stage with VQ-VAE assignment instead of Gumbel-softmax (ablation)."""
+
+    trained_parts = ("idm", "world_model", "quantiser")
+
+    def choose(
+        self, model: ColaModel, idm_logits_SBA: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The straight-through quantised embedding [S, B, A] and the VQ loss."""
+        return model.quantiser(idm_logits_SBA)
+
+
+def prediction_losses(
+    output: str, model: ColaModel, hidden_SBH: torch.Tensor, choice_SBA: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Next-token losses [S, B] of the world model under the given actions, through the frozen head.
+
+    `reference` subtracts h from the re-normalised state, as the released code does; `residual` does neither.
+    """
+    state_SBH = model.world_model(hidden_SBH, choice_SBA)
+    if output == "reference":
+        state_SBH = model.base.final_norm(state_SBH) - hidden_SBH
+    return model.base.token_losses(state_SBH, batch.labels_BS)
+
+
+def count_actions(idm_logits_SBA: torch.Tensor) -> torch.Tensor:
+    """How often each action is the argmax, over the positions that have a next token; [A], fp32."""
+    actions = idm_logits_SBA[:-1].argmax(-1).flatten()
+    return torch.bincount(actions, minlength=idm_logits_SBA.shape[-1]).float()
