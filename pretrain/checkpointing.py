@@ -24,6 +24,7 @@ from data_prep.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
+from pretrain.optimization import make_loadable
 from pretrain.recipes import recipe_fields
 
 FORMAT_VERSION = 1
@@ -193,6 +194,7 @@ def load_optimizer(
     model: ColaModel, optimizer: MegatronOptimizer, parts: tuple[str, ...], checkpoint: Path
 ) -> None:
     """Load the optimizer's state of `checkpoint`. Collective."""
+    make_loadable(optimizer)
     requested = optimizer.sharded_state_dict(
         sharded_weights(model, parts), is_loading=True, metadata=_OPTIMIZER_FORMAT
     )

@@ -4,6 +4,7 @@ Every field has its meaning and unit under it; the command line and its `--help`
 (`pretrain.recipes`). Nothing here imports torch, so a recipe is read and checked in milliseconds.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,12 @@ class RunConfig:
 
 def find_problems(config: RunConfig, world_size: int) -> list[str]:
     """Everything wrong with `config` on `world_size` ranks that can be told without reading files."""
-    return [*_stage_problems(config), *_size_problems(config), *_layout_problems(config, world_size)]
+    return [
+        *_stage_problems(config),
+        *_size_problems(config),
+        *_optimizer_problems(config.optimizer),
+        *_layout_problems(config, world_size),
+    ]
 
 
 def _stage_problems(config: RunConfig) -> Iterator[str]:
@@ -202,8 +208,10 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
     }  # fmt: skip
     for name, section in sections.items():
         for key, value in vars(section).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            if isinstance(value, int | float) and not 0 < value < math.inf:
                 yield f"{name}.{key}: must be positive, got {value}"
+    if not 0 <= config.seed < 2**32:
+        yield f"seed: must be from 0 to 2^32 - 1, got {config.seed}"
     if config.data.sequence_length < 2:
         yield f"data.sequence_length: needs at least 2 tokens, got {config.data.sequence_length}"
     if config.data.loader_workers < 0:
@@ -215,12 +223,24 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
             f"model.num_attention_heads: {config.model.num_attention_heads} query heads do not share "
             f"{config.model.num_key_value_heads} key/value heads evenly"
         )
-    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+
+
+def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    for key in ("learning_rate", "decay_steps", "epsilon", "clip_gradient_norm"):
+        if not 0 < getattr(optimizer, key) < math.inf:
+            yield f"optimizer.{key}: must be positive, got {getattr(optimizer, key)}"
+    for key in ("min_learning_rate", "warmup_steps", "weight_decay"):
+        if not 0 <= getattr(optimizer, key) < math.inf:
+            yield f"optimizer.{key}: must be 0 or more, got {getattr(optimizer, key)}"
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, key) < 1:
+            yield f"optimizer.{key}: must be at least 0 and below 1, got {getattr(optimizer, key)}"
+    if optimizer.min_learning_rate > optimizer.learning_rate:
         yield "optimizer.min_learning_rate: is above optimizer.learning_rate"
-    if config.optimizer.decay_steps <= config.optimizer.warmup_steps:
+    if optimizer.decay_steps <= optimizer.warmup_steps:
         yield (
-            f"optimizer.decay_steps: {config.optimizer.decay_steps} must exceed "
-            f"optimizer.warmup_steps {config.optimizer.warmup_steps}"
+            f"optimizer.decay_steps: {optimizer.decay_steps} must exceed "
+            f"optimizer.warmup_steps {optimizer.warmup_steps}"
         )
 
 

@@ -43,16 +43,32 @@ class IndexedSamples(Dataset[dict[str, torch.Tensor]]):
 
 def find_data_problems(config: RunConfig, blend: BlendedData) -> list[str]:
     """What keeps the shards in `blend` from serving `config`, each with its remedy."""
+    length = config.data.sequence_length
     problems = []
     if blend.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the {blend.vocab_size} tokens of the "
             f"tokenizer that made {blend.folder}; enlarge the model or blend with another tokenizer"
         )
-    if not 0 <= blend.eos_id < config.model.vocab_size:
+    too_short = [name for name, tokens in blend.validation_tokens.items() if tokens <= length]
+    if max(blend.train_tokens) <= length:
         problems.append(
-            f"{blend.folder}: end-of-document token {blend.eos_id} is outside the model's vocabulary"
+            f"data.sequence_length: {length} tokens is more than a shard of {blend.folder} holds "
+            f"({max(blend.train_tokens):,}); shorten it or blend larger shards"
         )
+    elif too_short:
+        problems.append(
+            f"data.sequence_length: {length} tokens is more than the validation shards of {', '.join(too_short)} "
+            f"in {blend.folder} hold; shorten it or blend with more validation_tokens"
+        )
+    else:
+        needed = config.training.steps * config.training.global_batch_size
+        available = sum((tokens - 1) // length for tokens in blend.train_tokens)
+        if needed > available:
+            problems.append(
+                f"training.steps: {config.training.steps} steps need {needed:,} samples of {length} tokens, "
+                f"{blend.folder} holds {available:,}; blend more tokens or train fewer steps"
+            )
     return problems
 
 

@@ -1,5 +1,8 @@
 """Megatron's DDP, distributed AdamW and learning-rate schedule for the trained parts."""
 
+from functools import partial
+
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -7,6 +10,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
@@ -73,3 +77,28 @@ def build_scheduler(
     )
     scheduler.step(increment=steps_done)
     return scheduler
+
+
+def make_loadable(optimizer: MegatronOptimizer) -> None:
+    """Let a fresh optimizer load a checkpoint where the inner one is torch's AdamW (no Transformer Engine or apex).
+
+    Megatron 0.16.1 then asks for the step before there is any state, does not expect torch's step entry among the
+    tensors it restores, and gives all parameters one step tensor, which AdamW counts up once for each of them.
+    """
+    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adamw = distributed.optimizer
+        if isinstance(adamw, torch.optim.AdamW):
+            for parameter in (p for group in adamw.param_groups for p in group["params"]):
+                zeros = torch.zeros_like(parameter)
+                adamw.state[parameter] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+            distributed._set_main_param_and_optimizer_states = partial(_restore_all_but_step, distributed)
+
+
+def _restore_all_but_step(
+    distributed: DistributedOptimizer, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> None:
+    group, index = distributed.model_param_group_index_map[parameter]
+    state = distributed.optimizer.state[distributed.optimizer.param_groups[group]["params"][index]]
+    step = state.pop("step")
+    DistributedOptimizer._set_main_param_and_optimizer_states(distributed, parameter, tensors)
+    state["step"] = step.clone()

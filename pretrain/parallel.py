@@ -55,11 +55,15 @@ def launched_rank() -> int:
 
 @contextmanager
 def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelContext]:
-    """Start torch.distributed and Megatron's groups, yield the context, and tear both down again."""
+    """Start torch.distributed and Megatron's groups, yield the context, and tear both down again.
+
+    A process group that the caller has started already is used and left standing.
+    """
     cpu_redirects.use_one_thread_a_rank()
     if cpu_redirects.on_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
+    starts_process_group = not dist.is_initialized()
+    if starts_process_group:
         _initialize_process_group()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     torch.manual_seed(seed)
@@ -77,7 +81,8 @@ def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelC
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if starts_process_group:
+            dist.destroy_process_group()
 
 
 def _initialize_process_group() -> None:

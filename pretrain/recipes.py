@@ -63,7 +63,11 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such recipe; see the YAML files in configs/")
-    recipe = parse_recipe(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; recipes are YAML, see configs/") from None
+    recipe = parse_recipe(text, str(path))
     complaints = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaints):

@@ -167,12 +167,6 @@ def build_loop(
 ) -> TrainLoop:
     """Build the stage and load what it starts or resumes from. Collective."""
     samples = build_datasets(config, blend)
-    needed = config.training.steps * config.training.global_batch_size
-    if len(samples[0]) < needed:
-        raise UserError(
-            f"training.steps: {config.training.steps} steps need {needed:,} samples of {config.data.sequence_length} "
-            f"tokens, {blend.folder} holds {len(samples[0]):,}; blend more tokens or train fewer steps"
-        )
     stage_type = stage_class(config)
     model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
     model.to(context.device)

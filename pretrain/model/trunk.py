@@ -25,7 +25,7 @@ class LlamaTrunk(GPTModel):
             parallel_output=True,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
-            rotary_base=int(model.rope_theta),
+            rotary_base=model.rope_theta,
             rope_scaling=scaling is not None,
             rope_scaling_factor=scaling or 1.0,
             pg_collection=groups,

@@ -22,11 +22,12 @@ class VectorQuantiser(MegatronModule):
 
     def nearest(self, logits_SBA: torch.Tensor) -> torch.Tensor:
         """Index [S, B] of the code nearest to each embedding."""
-        return (logits_SBA @ self.codes_AA.T * 2 - self.codes_AA.square().sum(-1)).argmax(-1)
+        codes_AA = self.codes_AA.float()  # like the logits, also where weights are bf16
+        return (logits_SBA @ codes_AA.T * 2 - codes_AA.square().sum(-1)).argmax(-1)
 
     def forward(self, logits_SBA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantised embedding [S, B, A] for the world model, and the VQ loss."""
-        code_SBA = self.codes_AA[self.nearest(logits_SBA)]
+        code_SBA = self.codes_AA.float()[self.nearest(logits_SBA)]
         codebook_loss = (logits_SBA.detach() - code_SBA).square().mean(-1)
         commitment_loss = (logits_SBA - code_SBA.detach()).square().mean(-1)
         loss = masked_mean(codebook_loss + COMMITMENT_WEIGHT * commitment_loss)

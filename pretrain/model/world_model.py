@@ -60,6 +60,26 @@ class MergeLayer(MegatronModule):
         return state_SBH + self.down(torch.nn.functional.silu(gate_SBF) * up_SBF)[0]
 
 
+class MergeLayers(MegatronModule):
+    """The merge layers in a row. Not a ModuleList: Megatron would save a list's tensors as if they were not split."""
+
+    def __init__(
+        self, config: TransformerConfig, down_init_method: InitMethod, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = groups.tp
+        for index in range(config.num_layers):
+            self.add_module(str(index), MergeLayer(config, down_init_method, groups))
+
+    def forward(
+        self, state_SBH: torch.Tensor, one_hot_SBA: torch.Tensor, codes_AH: torch.Tensor
+    ) -> torch.Tensor:
+        """The state [S, B, H] after the last layer."""
+        for merge in self.children():
+            state_SBH = merge(state_SBH, one_hot_SBA, codes_AH)
+        return state_SBH
+
+
 class WorldModel(MegatronModule):
     """Codebook and merge layers: (hidden state, action) -> the state the base's head reads."""
 
@@ -74,9 +94,7 @@ class WorldModel(MegatronModule):
         )
         # Zero at the start of the residual form, so that step 0 is exactly the base.
         down_init = normal_init(0.0) if config.actions.output == "residual" else layer_config.init_method
-        self.merge_layers = torch.nn.ModuleList(
-            MergeLayer(layer_config, down_init, groups) for _ in range(config.actions.num_merge_layers)
-        )
+        self.merge_layers = MergeLayers(layer_config, down_init, groups)
 
     def forward(self, hidden_SBH: torch.Tensor, one_hot_SBA: torch.Tensor) -> torch.Tensor:
         """State [S, B, H] after the merge layers."""
@@ -84,7 +102,4 @@ class WorldModel(MegatronModule):
         choice_SBA = copy_to_tensor_model_parallel_region(
             one_hot_SBA.to(hidden_SBH.dtype), group=self.tp_group
         )
-        state_SBH = hidden_SBH
-        for merge in self.merge_layers:
-            state_SBH = merge(state_SBH, choice_SBA, self.codebook_AH)
-        return state_SBH
+        return self.merge_layers(hidden_SBH, choice_SBA, self.codebook_AH)

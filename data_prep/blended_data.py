@@ -1,0 +1,152 @@
+"""Open a blend for training or evaluation, after a check that costs no time.
+
+    data = open_blend("runs/demo/data")
+
+gives Megatron path prefixes of the train shards and of each source's validation shard, and the tokenizer's
+folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_prep.errors import UserError
+from data_prep.indexed_shards import FORMAT_VERSION, check_pair
+from data_prep.output_files import read_json_object
+
+BLEND_FILE = "blend.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedShard:
+    """One shard of a blend, as blend.json lists it."""
+
+    prefix: str
+    """Path under the blend's folder, without an ending."""
+    documents: int
+    tokens: int
+    bin_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendTokenizer:
+    """The tokenizer that made the tokens."""
+
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    path: str
+    """Where the tokenizer was when the blend was made; its files are copied into the blend's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedSource:
+    """What one source contributes to the train shards."""
+
+    weight: float
+    """Wanted share of the tokens; all weights together are 1."""
+    tokens_available: int
+    tokens_wanted: int
+    tokens_realised: int
+    documents: int
+    epochs: float
+    """Tokens realised for each token available."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainShards:
+    """The train shards in order; every prefix of the list is itself a correct blend."""
+
+    shards: list[BlendedShard]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendManifest:
+    """The content of blend.json."""
+
+    format_version: int
+    seed: int
+    plan_fingerprint: str
+    """Hash of everything that decided the blend's bytes."""
+    tokenizer: BlendTokenizer
+    sources: dict[str, BlendedSource]
+    train: TrainShards
+    validation: dict[str, BlendedShard]
+    left_out: dict[str, int]
+    """Train documents that were left out while writing, by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedData:
+    """A blend that is ready for use."""
+
+    folder: Path
+    train_prefixes: list[str]
+    """Absolute prefixes for Megatron's IndexedDataset, in order."""
+    train_tokens: list[int]
+    """Tokens in each train shard."""
+    validation_prefixes: dict[str, str]
+    """Absolute prefix of each source's validation shard."""
+    validation_tokens: dict[str, int]
+    """Tokens in each source's validation shard."""
+    weights: dict[str, float]
+    """Wanted share of each source's tokens; 1 together."""
+    vocab_size: int
+    eos_id: int
+    tokenizer_fingerprint: str
+    tokenizer_folder: Path
+
+
+def read_blend_manifest(folder: Path) -> BlendManifest:
+    """Read a blend's manifest. Raises UserError when the folder is no finished blend."""
+    path = folder / BLEND_FILE
+    remedy = "run data_prep/blend.py (with --resume if it was interrupted)"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished blend: it has no {BLEND_FILE}; {remedy}")
+    content = read_json_object(path, remedy)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {content.get('format_version')}, not {FORMAT_VERSION}; {remedy}"
+        )
+    try:
+        return TypeAdapter(BlendManifest).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place}: {first['msg']}; {remedy}") from error
+
+
+def open_blend(folder: str | Path) -> BlendedData:
+    """Open a blend and check that every pair of files is whole, from sizes alone.
+
+    Raises:
+        UserError: no finished blend, a file is missing, or a .bin, an .idx and the manifest do not fit.
+    """
+    folder = Path(folder).absolute()
+    manifest = read_blend_manifest(folder)
+    for shard in (*manifest.train.shards, *manifest.validation.values()):
+        counts = check_pair(folder / shard.prefix)
+        if counts != (shard.documents, shard.tokens):
+            raise UserError(
+                f"{folder / shard.prefix}.idx holds {counts[0]:,} documents and {counts[1]:,} tokens where "
+                f"{BLEND_FILE} says {shard.documents:,} and {shard.tokens:,}; blend again with --overwrite"
+            )
+    tokenizer_folder = folder / TOKENIZER_FOLDER
+    if not tokenizer_folder.is_dir():
+        raise UserError(f"{tokenizer_folder} is missing; blend again with --overwrite")
+    return BlendedData(
+        folder=folder,
+        train_prefixes=[str(folder / shard.prefix) for shard in manifest.train.shards],
+        train_tokens=[shard.tokens for shard in manifest.train.shards],
+        validation_prefixes={name: str(folder / shard.prefix) for name, shard in manifest.validation.items()},
+        validation_tokens={name: shard.tokens for name, shard in manifest.validation.items()},
+        weights={name: source.weight for name, source in manifest.sources.items()},
+        vocab_size=manifest.tokenizer.vocab_size,
+        eos_id=manifest.tokenizer.eos_id,
+        tokenizer_fingerprint=manifest.tokenizer.fingerprint,
+        tokenizer_folder=tokenizer_folder,
+    )

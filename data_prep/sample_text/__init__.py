@@ -1,0 +1,1 @@
+"""Generators of the sample corpora's text: English, mathematics, Chinese and source code."""

@@ -1,0 +1,90 @@
+"""A run stopped and resumed is the uninterrupted run, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from tests.pretrain.tiny_runs import STARTS, metrics, tiny_recipe, train_in_process
+
+VOLATILE = ("elapsed_seconds", "tokens_per_second", "tflops_per_second", "memory_gib")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
+    """<stage>/straight: six steps at once; <stage>/resumed: three, then three more."""
+    folder = tmp_path_factory.mktemp("resume")
+    for stage, start in STARTS.items():
+        start_from = folder / start / "straight" if start else None
+        for name, stops in (("straight", (6,)), ("resumed", (3, 6))):
+            for steps in stops:
+                recipe = tiny_recipe(
+                    stage, folder / stage / name, tiny_blend, start_from, training={"steps": steps}
+                )
+                train_in_process(recipe, resume=True)
+    return folder
+
+
+def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of the last checkpoint, as whole tensors."""
+    from megatron.core import dist_checkpointing
+
+    from pretrain.parallel import parallel_context
+
+    checkpoint = run / "checkpoints" / "step_00000006"
+    with parallel_context(tensor_parallel_size=1, seed=0):
+        return {
+            f"{kind}/{name}": tensor
+            for kind in ("weights", "optimizer")
+            for name, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint / kind)).items()
+            if torch.is_tensor(tensor)
+        }
+
+
+@pytest.mark.parametrize("stage", STARTS)
+def test_resumed_run_equals_uninterrupted(runs: Path, stage: str) -> None:
+    """Weights, Adam moments, master weights and every logged figure are equal to the last bit."""
+    straight, resumed = (saved_tensors(runs / stage / name) for name in ("straight", "resumed"))
+    assert straight.keys() == resumed.keys()
+    assert any("exp_avg_sq" in name for name in straight)
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+    for split in ("train", "validation"):
+        lines = [
+            [
+                {k: v for k, v in line.items() if k not in VOLATILE}
+                for line in metrics(runs / stage / name, split)
+            ]
+            for name in ("straight", "resumed")
+        ]
+        lines[1] = [line for line in lines[1] if line["step"] in {line["step"] for line in lines[0]}]
+        assert lines[0] == lines[1]
+
+
+def test_a_lost_optimizer_state_shows(runs: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault twin: resuming without the optimizer's state gives other weights."""
+    import pretrain.run
+
+    faulty_run = runs / "idm" / "faulty"
+    shutil.copytree(runs / "idm" / "resumed", faulty_run)
+    shutil.rmtree(faulty_run / "checkpoints" / "step_00000006")
+    monkeypatch.setattr(pretrain.run.checkpointing, "load_optimizer", lambda *_: None)
+    train_in_process(tiny_recipe("idm", faulty_run, tiny_blend, runs / "base" / "straight"), resume=True)
+    straight, faulty = saved_tensors(runs / "idm" / "straight"), saved_tensors(faulty_run)
+    assert not torch.equal(straight["weights/idm.head.weight"], faulty["weights/idm.head.weight"])
+
+
+def test_resume_refuses_another_recipe(runs: Path, tiny_blend: Path) -> None:
+    """What would make it another run is named with both values."""
+    recipe = tiny_recipe("base", runs / "base" / "straight", tiny_blend, training={"global_batch_size": 16})
+    with pytest.raises(UserError, match=r"training.global_batch_size: 8 -> 16"):
+        train_in_process(recipe, resume=True)
+
+
+def test_finished_run_is_left_alone(runs: Path, tiny_blend: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming a finished run says so and writes nothing."""
+    before = (runs / "base" / "straight" / "metrics.jsonl").read_bytes()
+    train_in_process(tiny_recipe("base", runs / "base" / "straight", tiny_blend), resume=True)
+    assert "already at step 6" in capsys.readouterr().out
+    assert (runs / "base" / "straight" / "metrics.jsonl").read_bytes() == before
