@@ -218,6 +218,11 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.loader_workers: must be 0 or more, got {config.data.loader_workers}"
     if config.model.head_size % 2:
         yield f"model.head_size: rotary positions need an even size, got {config.model.head_size}"
+    if config.model.hidden_size % max(config.model.num_attention_heads, 1):
+        yield (
+            f"model.hidden_size: {config.model.hidden_size} is not a multiple of model.num_attention_heads "
+            f"{config.model.num_attention_heads}, without which transformers refuses the exported model"
+        )
     if config.model.num_attention_heads % max(config.model.num_key_value_heads, 1):
         yield (
             f"model.num_attention_heads: {config.model.num_attention_heads} query heads do not share "

@@ -1,0 +1,95 @@
+"""Tokenize units in parallel processes, under one progress bar."""
+
+import multiprocessing
+import os
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import SynchronizedArray
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep.errors import UserError
+from data_prep.indexed_shards import UnitManifest
+from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
+from data_prep.tokenize_unit import Unit, tokenize_unit
+
+PROGRESS_SECONDS = 1.0
+
+
+class ProgressBar:
+    """A bar over the bytes of the input files, with the rates of text and tokens beside it."""
+
+    def __init__(self, total_bytes: int, label: str) -> None:
+        self._bar = tqdm(
+            total=total_bytes, desc=label, unit="B", unit_scale=True, mininterval=PROGRESS_SECONDS
+        )
+        self._input_bytes, self._text_bytes, self._tokens = 0.0, 0, 0
+
+    def add(self, input_bytes: float, text_bytes: int, tokens: int) -> None:
+        """Take note of work done."""
+        self.show(self._input_bytes + input_bytes, self._text_bytes + text_bytes, self._tokens + tokens)
+
+    def show(self, input_bytes: float, text_bytes: int, tokens: int) -> None:
+        """Show the work done since the start."""
+        self._input_bytes, self._text_bytes, self._tokens = input_bytes, text_bytes, tokens
+        seconds = max(self._bar.format_dict["elapsed"], 1e-9)
+        rates = f"text {text_bytes / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f} Mtokens/s"
+        self._bar.set_postfix_str(rates, refresh=False)
+        self._bar.update(int(input_bytes) - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+_worker_tokenizer: TextTokenizer
+_worker_counts: SynchronizedArray
+
+
+def start_worker(tokenizer_path: Path, counts: SynchronizedArray) -> None:
+    """Set up a worker process: its own tokenizer on one core, and the counters that all workers share."""
+    global _worker_tokenizer, _worker_counts
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = load_tokenizer(tokenizer_path)
+    _worker_counts = counts
+
+
+def work_on(unit: Unit) -> list[UnitManifest]:
+    """Tokenize one unit in a worker process."""
+
+    def report(*amounts: float) -> None:
+        with _worker_counts.get_lock():
+            for index, amount in enumerate(amounts):
+                _worker_counts[index] += amount
+
+    return tokenize_unit(unit, _worker_tokenizer, report)
+
+
+def run_in_processes(
+    units: list[Unit], tokenizer_path: Path, workers: int, bar: ProgressBar
+) -> list[UnitManifest]:
+    """Tokenize units in parallel; the first error stops the rest.
+
+    Raises:
+        UserError: a bad input file, or a worker that was killed.
+    """
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can lock up
+    counts = context.Array("d", 3)
+    manifests: list[UnitManifest] = []
+    largest_first = sorted(units, key=lambda unit: -unit.file.size_bytes)
+    with ProcessPoolExecutor(workers, context, start_worker, (tokenizer_path, counts)) as pool:
+        pending = {pool.submit(work_on, unit) for unit in largest_first}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    manifests += future.result()
+                bar.show(counts[0], int(counts[1]), int(counts[2]))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker was killed (out of memory?); use fewer --workers, then --resume"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return manifests

@@ -1,0 +1,110 @@
+"""Generate several continuations of each prompt: fixed, random or policy actions, or the base's own sampling.
+
+Every function takes prompts [P, S] of one length and gives [P, M, N]: M continuations of N new tokens
+each. End-of-text is held back, so that all continuations have one length and their diversity can be
+compared.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evaluation.huggingface_model import ColaModel
+
+# P prompts, M continuations of a prompt, S tokens of a prompt, N new tokens.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The beginning of a held-out document."""
+
+    source: str
+    text: str
+    tokens: list[int]
+
+
+def fixed_actions(
+    model: ColaModel, prompts_PS: torch.Tensor, actions_M: Sequence[int], new_tokens: int
+) -> torch.Tensor:
+    """One continuation under each action of `actions_M`, held for the whole text; greedy tokens."""
+    plan_MN = torch.tensor(actions_M, device=prompts_PS.device).unsqueeze(1).expand(-1, new_tokens)
+    return _planned(model, prompts_PS, plan_MN.repeat(prompts_PS.shape[0], 1), len(actions_M), new_tokens)
+
+
+def first_actions(
+    model: ColaModel, prompts_PS: torch.Tensor, actions_M: Sequence[int], new_tokens: int
+) -> torch.Tensor:
+    """One continuation under each action for its first token, then the policy's likeliest; greedy tokens."""
+    plan_M1 = torch.tensor(actions_M, device=prompts_PS.device).unsqueeze(1)
+    return _planned(model, prompts_PS, plan_M1.repeat(prompts_PS.shape[0], 1), len(actions_M), new_tokens)
+
+
+def random_actions(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
+    """`count` continuations, each with an action drawn uniformly at every token; greedy tokens."""
+    shape = (prompts_PS.shape[0] * count, new_tokens)
+    plan = torch.randint(model.config.num_actions, shape).to(prompts_PS.device)
+    return _planned(model, prompts_PS, plan, count, new_tokens)
+
+
+def policy_actions(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
+    """`count` continuations with actions sampled from the policy as it is (no temperature); greedy tokens."""
+    rows = prompts_PS.repeat_interleave(count, dim=0)
+    output = model.generate(
+        input_ids=rows,
+        attention_mask=torch.ones_like(rows),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        do_sample_actions=True,
+    )
+    return _new_tokens(output, prompts_PS, count)
+
+
+def base_samples(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
+    """`count` continuations of the frozen base alone, tokens sampled at temperature 1."""
+    rows = prompts_PS.repeat_interleave(count, dim=0)
+    output = base_language_model(model).generate(  # type: ignore[misc]  # typed by a protocol it lacks
+        input_ids=rows,
+        attention_mask=torch.ones_like(rows),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    assert isinstance(output, torch.Tensor), "plain generation gives plain ids"
+    return _new_tokens(output, prompts_PS, count)
+
+
+def base_language_model(model: ColaModel) -> LlamaForCausalLM:
+    """The frozen base as an ordinary Llama that shares the model's weights, for its cached generation."""
+    own = model.config.to_dict()
+    names = LlamaConfig().to_dict().keys() - {"architectures", "model_type", "transformers_version"}
+    with torch.device(model.device):
+        base = LlamaForCausalLM(LlamaConfig.from_dict({name: own[name] for name in names if name in own}))
+    weights = model.state_dict()
+    base.load_state_dict({name: weights[name] for name in base.state_dict()}, assign=True)
+    return base.eval()
+
+
+def _planned(
+    model: ColaModel, prompts_PS: torch.Tensor, plan_RK: torch.Tensor, count: int, new_tokens: int
+) -> torch.Tensor:
+    """Generate with the given actions for the first K new tokens; R = P * `count` rows."""
+    rows = prompts_PS.repeat_interleave(count, dim=0)
+    output = model.generate(
+        input_ids=rows,
+        attention_mask=torch.ones_like(rows),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        action_plan=plan_RK,
+    )
+    return _new_tokens(output, prompts_PS, count)
+
+
+def _new_tokens(output: torch.Tensor, prompts_PS: torch.Tensor, count: int) -> torch.Tensor:
+    return output[:, prompts_PS.shape[1] :].unflatten(0, (prompts_PS.shape[0], count))

@@ -1,0 +1,29 @@
+# Facts about this cluster, for every script in this folder: the only file to edit.
+# A value set in the environment wins over the one here: RANKS_PER_NODE=4 sbatch --gpus-per-node=4 ...
+# shellcheck shell=bash
+
+# Partition and account, where your site asks for them. sbatch itself reads these two, so source this file in the
+# shell you submit from: source slurm/env.sh && sbatch slurm/pretrain_idm.sh
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=project
+
+# Python of the environment that requirements.txt was installed into, seen by all nodes.
+export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
+
+# Training processes on a node: one a GPU.
+export RANKS_PER_NODE="${RANKS_PER_NODE:-8}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+
+# Network interface between the nodes, where there are several; unset: the libraries choose.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# Data: one folder a source as it was published, named as `tokenize_corpus.py --source` names it, and the folder of
+# the tokenizer. What is made of them goes where configs/ expects it.
+export CORPORA="${CORPORA:-$PWD/data/corpora}"
+export TOKENIZER="${TOKENIZER:-$PWD/data/llama-3.1-tokenizer}"
+export TOKENIZED="${TOKENIZED:-$PWD/data/tokenized}"
+
+# Recipes.
+export BLEND_RECIPE="${BLEND_RECIPE:-configs/blend_200g.yaml}"
+export IDM_RECIPE="${IDM_RECIPE:-configs/idm_llama31_8b.yaml}"
+export POLICY_RECIPE="${POLICY_RECIPE:-configs/policy_llama31_8b.yaml}"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=cola-policy
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+# Stage policy: the policy on a frozen base and IDM.
+#
+#   sbatch slurm/pretrain_policy.sh [--section.field value ...]      e.g. --optimizer.learning_rate 1e-4
+#
+# Submit from the repository's root. The recipe and all site facts are in slurm/env.sh; options of sbatch
+# (--nodes=2, --time=...) go before the script's name. Submitted again, it goes on from the newest checkpoint.
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+source slurm/env.sh
+source slurm/launch.sh
+launch_training "$POLICY_RECIPE" "$@"
