@@ -9,18 +9,19 @@ the tokenizer, the model's own code (for `trust_remote_code=True`) and a model c
 
 # ruff: noqa: E402  Megatron is imported after the redirects
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
 from transformers import GenerationConfig
 
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
 from checkpoint_tools.weight_map import to_huggingface, weight_rules
 from data_prep.errors import UserError, run_cli
+from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
 from pretrain import cpu_redirects
 
 cpu_redirects.apply()
@@ -139,7 +140,7 @@ def _open_tokenizer(folder: Path, fingerprint: str) -> TextTokenizer:
     return tokenizer
 
 
-def huggingface_config(recipe: RunConfig, parts: list[str]) -> ColaConfig:
+def huggingface_config(recipe: RunConfig, parts: Sequence[str]) -> ColaConfig:
     """The exported model's configuration: sizes, rotary positions and output form of `recipe`."""
     model, actions = recipe.model, recipe.actions
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}

@@ -49,7 +49,7 @@ def demo_steps(folder: Path, ranks: int) -> list[Step]:
     """All steps in order. Commands are relative to the repository's root."""
     return [
         *_data_steps(folder),
-        *(_training_step(folder, stage, ranks) for stage in STAGES),
+        *(training_step(folder, stage, ranks) for stage in STAGES),
         *_use_steps(folder),
     ]
 
@@ -100,19 +100,28 @@ def _data_steps(folder: Path) -> list[Step]:
     return [sample, train_tokenizer, *tokenize, blend]
 
 
-def _training_step(folder: Path, stage: str, ranks: int) -> Step:
+def training_step(
+    folder: Path,
+    stage: str,
+    ranks: int,
+    name: str | None = None,
+    run_folder: Path | None = None,
+    changes: tuple[str, ...] = (),
+) -> Step:
+    """Train `stage` on the demo's data; another name, run folder or recipe fields (`changes`) where given."""
     recipe = CONFIGS / f"demo_{stage}.yaml"
-    overrides = ["--run-folder", str(folder / stage), "--data.path", str(folder / "data")]
+    run_folder = run_folder or folder / stage
+    overrides = ["--run-folder", str(run_folder), "--data.path", str(folder / "data"), *changes]
     if stage in STAGE_BEFORE:
         overrides += ["--start-from", str(folder / STAGE_BEFORE[stage])]
     last_step = load_recipe(recipe, overrides).training.steps
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return Step(
-        name=f"train {stage}",
+        name=name or f"train {stage}",
         command=(*launcher, "-m", "pretrain.train", str(recipe), *overrides),
-        target=folder / stage,
+        target=run_folder,
         # This file is what makes a checkpoint complete.
-        outputs=(f"{stage}/checkpoints/step_{last_step:08d}/cola.json",),
+        outputs=(f"{run_folder.name}/checkpoints/step_{last_step:08d}/cola.json",),
         recipes=(recipe,),
         resumable=True,
         threads=max(1, _cores() // ranks),
@@ -182,8 +191,8 @@ def print_results(folder: Path, console: Console) -> None:
     console.print(table)
 
 
-def run(options: DemoOptions) -> int:
-    """Do what the options ask for; returns the exit code."""
+def run(options: DemoOptions) -> None:
+    """Do what the options ask for."""
     if not CONFIGS.is_dir():
         raise UserError("configs/: not here; run this from the repository's root, e.g. with `make demo`")
     if options.ranks < 1:
@@ -191,27 +200,34 @@ def run(options: DemoOptions) -> int:
     steps = demo_steps(options.folder, options.ranks)
     if options.dry_run:
         print_plan(options.folder, steps)
-        return 0
-    display = ProgressDisplay(sys.stdout)
-    try:
-        seconds = run_steps(options.folder, steps, display)
-    except StepFailedError as failure:
-        display.clear()
-        print(failure, file=sys.stderr)
-        return STEP_FAILED_EXIT_CODE
-    except RunInterruptedError as interruption:
-        display.clear()
-        print(f"stopped by {interruption}; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return
+    seconds = finish_steps(options.folder, steps)
     console = Console()
     print_results(options.folder, console)
     console.print(f"{len(steps)} steps, {seconds:.0f} seconds. Look at {options.folder / 'report.html'}")
-    return 0
+
+
+def finish_steps(folder: Path, steps: list[Step]) -> float:
+    """Bring every step to its end, with progress on the terminal; returns their seconds.
+
+    A step that fails, or an interruption, ends the program with its message and exit code.
+    """
+    display = ProgressDisplay(sys.stdout)
+    try:
+        return run_steps(folder, steps, display)
+    except StepFailedError as failure:
+        display.clear()
+        print(failure, file=sys.stderr)
+        sys.exit(STEP_FAILED_EXIT_CODE)
+    except RunInterruptedError as interruption:
+        display.clear()
+        print(f"stopped by {interruption}; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def main() -> None:
     """Command line."""
-    sys.exit(run(tyro.cli(DemoOptions, description=__doc__)))
+    run(tyro.cli(DemoOptions, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from evaluation.plots import median_speeds, readme_figure
 from evaluation.report_page import ReportContent, render_page
 from evaluation.run_facts import machine_facts, stage_seconds, step_seconds, version_facts
 from evaluation.run_metrics import RunMetrics, read_metrics
+from pretrain.config import METRICS_FILE
 
 STAGES = ("base", "idm", "policy")
 
@@ -58,7 +59,7 @@ class ReportConfig(ContinuationSettings):
 
 def missing_inputs(demo_folder: Path) -> list[str]:
     """What the demo folder lacks, each with the command that makes it."""
-    needed = {f"{stage}/metrics.jsonl": f"train the {stage} stage" for stage in STAGES} | {
+    needed = {f"{stage}/{METRICS_FILE}": f"train the {stage} stage" for stage in STAGES} | {
         "hf/config.json": "export with checkpoint_tools/megatron_to_hf.py",
         "data/blend.json": "blend with data_prep/blend.py",
         "held_out.json": "measure with evaluation/held_out.py",
@@ -118,7 +119,7 @@ def summary(
 def run(config: ReportConfig) -> None:
     """Write the page, summary.json and, if asked for, the README's figure."""
     raise_problems(output_problems(config.output, config.overwrite) + missing_inputs(config.demo_folder))
-    runs = {stage: read_metrics(config.demo_folder / stage / "metrics.jsonl") for stage in STAGES}
+    runs = {stage: read_metrics(config.demo_folder / stage / METRICS_FILE) for stage in STAGES}
     figures = read_held_out(config.demo_folder / "held_out.json")
     entries, diversity = measure_model(config, figures)
     content = ReportContent(

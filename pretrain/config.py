@@ -12,6 +12,10 @@ from typing import Literal
 
 StageName = Literal["base", "idm", "policy"]
 
+# A run folder holds these two files, and checkpoints/.
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -65,7 +65,7 @@ def _redirect_device_queries() -> None:
 def _redirect_random_state() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
+    torch.cuda.set_rng_state = lambda new_state, device="cpu": torch.set_rng_state(new_state)
 
 
 def _without_cuda_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -81,8 +81,8 @@ def _without_cuda_device(factory: Callable[..., torch.Tensor]) -> Callable[..., 
 
 
 def _redirect_tensor_methods() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     plain_type = torch.Tensor.type
 
     def type_as_if_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,11 +7,11 @@ ranks, and a resumed run continues at the number of samples consumed so far.
 from collections.abc import Iterator
 
 import torch
-from data_prep.blended_data import BlendedData
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.blended_data import BlendedData
 from pretrain.config import RunConfig
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch

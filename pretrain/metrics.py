@@ -14,12 +14,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pretrain.config import RunConfig
+from pretrain.config import METRICS_FILE, RunConfig
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields
 from pretrain.stages.contract import StageLoss
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MeanOfSteps:
@@ -150,12 +148,11 @@ def _start_wandb(config: RunConfig):  # type: ignore[no-untyped-def]  # wandb is
     import wandb
 
     logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode = "online" if config.logging.wandb == "auto" and logged_in else "offline"
     return wandb.init(
         project="cola-pretrain",
         name=str(config.run_folder),
         dir=config.run_folder,
-        mode=mode,
+        mode="online" if config.logging.wandb == "auto" and logged_in else "offline",
         config=recipe_fields(config),
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -49,7 +49,7 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
         use_distributed_optimizer=True,
     )
     # An explicit map also switches off Megatron's default of no decay on norms and other vectors.
-    overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+    overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}
     return get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
 
 
@@ -90,7 +90,11 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
         if isinstance(adamw, torch.optim.AdamW):
             for parameter in (p for group in adamw.param_groups for p in group["params"]):
                 zeros = torch.zeros_like(parameter)
-                adamw.state[parameter] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                adamw.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": zeros,
+                    "exp_avg_sq": zeros.clone(),
+                }
             distributed._set_main_param_and_optimizer_states = partial(_restore_all_but_step, distributed)
 
 

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from data_prep.blended_data import BlendedData, open_blend
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.blended_data import BlendedData, open_blend
 from data_prep.errors import UserError
 from pretrain import checkpointing
-from pretrain.config import RunConfig, find_problems
+from pretrain.config import CONFIG_FILE, RunConfig, find_problems
 from pretrain.data import build_datasets, find_data_problems
 from pretrain.flops import CONVENTION, flops_per_token
 from pretrain.model.cola import ColaModel
@@ -20,7 +20,6 @@ from pretrain.recipes import dump_recipe, parse_recipe, recipe_from_fields
 from pretrain.stages.registry import stage_class
 from pretrain.train_loop import TrainLoop
 
-CONFIG_FILE = "config.yaml"
 # What must not change between the start of a run and its resumption: it would be another run.
 _FIXED_ON_RESUME = ("stage", "start_from", "seed", "model", "actions", "data.sequence_length",
                     "training.global_batch_size", "training.precision")  # fmt: skip
@@ -79,7 +78,7 @@ def _start_problems(config: RunConfig, checkpoint: Path, blend: BlendedData | No
 
 def _flat(config: RunConfig) -> dict[str, str]:
     """Every field as dotted name -> text."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in vars(config).items():
         if hasattr(value, "__dataclass_fields__"):
             flat |= {f"{name}.{key}": str(inner) for key, inner in vars(value).items()}

@@ -3,6 +3,8 @@
 Shapes: S sequence, B batch, H hidden, A actions.
 """
 
+from typing import ClassVar
+
 import torch
 
 from pretrain.actions import (
@@ -20,8 +22,8 @@ from pretrain.stages.contract import Batch, Stage, StageLoss
 class IdmStage(Stage):
     """Predict the next token from the state and the action that the IDM reads one token later."""
 
-    trained_parts = ("idm", "world_model")
-    frozen_parts = ("base",)
+    trained_parts: ClassVar[tuple[str, ...]] = ("idm", "world_model")
+    frozen_parts: ClassVar[tuple[str, ...]] = ("base",)
 
     def loss(self, model: ColaModel, batch: Batch) -> StageLoss:
         """Prediction loss plus regulariser; at evaluation, argmax actions and the base's own loss beside it."""
@@ -29,19 +31,20 @@ class IdmStage(Stage):
             hidden_SBH = model.base.hidden(batch.tokens_BS)
         rotary = model.base.rotary(batch.tokens_BS.shape[1])
         idm_logits_SBA = shift_to_previous(model.idm(hidden_SBH, rotary))
-        choice_SBA, regulariser = self.choose(model, idm_logits_SBA, batch)
+        choice_SBA, likeliest_SB, regulariser = self.choose(model, idm_logits_SBA, batch)
         losses_SB = prediction_losses(self.config.actions.output, model, hidden_SBH, choice_SBA, batch)
         prediction_loss = masked_mean(losses_SB)
         loss = prediction_loss + regulariser
         means = {"loss": loss, "prediction_loss": prediction_loss, "regulariser": regulariser}
         if not model.training:
             means["base_loss"] = masked_mean(model.base.token_losses(hidden_SBH, batch.labels_BS))
-        return StageLoss(loss, {k: v.detach() for k, v in means.items()}, count_actions(idm_logits_SBA))
+        counts_A = count_actions(likeliest_SB, idm_logits_SBA.shape[-1])
+        return StageLoss(loss, {k: v.detach() for k, v in means.items()}, counts_A)
 
     def choose(
         self, model: ColaModel, idm_logits_SBA: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The straight-through actions [S, B, A] and the weighted regulariser."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The straight-through actions [S, B, A], the noiseless argmax [S, B], and the weighted regulariser."""
         actions = self.config.actions
         noise_SBA = None
         if model.training:
@@ -52,7 +55,8 @@ class IdmStage(Stage):
             regulariser = token_entropy_regulariser(choice.relaxed_SBA)
         else:
             regulariser = usage_entropy_regulariser(idm_logits_SBA, self.mean_over_ranks)
-        return choice.one_hot_SBA, actions.regulariser_coefficient * regulariser
+        likeliest_SB = idm_logits_SBA.argmax(-1)
+        return choice.one_hot_SBA, likeliest_SB, actions.regulariser_coefficient * regulariser
 
 
 class VqIdmStage(IdmStage):
@@ -62,9 +66,10 @@ class VqIdmStage(IdmStage):
 
     def choose(
         self, model: ColaModel, idm_logits_SBA: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The straight-through quantised embedding [S, B, A] and the VQ loss."""
-        return model.quantiser(idm_logits_SBA)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The straight-through quantised embedding [S, B, A], the nearest codes [S, B], and the VQ loss."""
+        quantised_SBA, loss = model.quantiser(idm_logits_SBA)
+        return quantised_SBA, model.quantiser.nearest(idm_logits_SBA), loss
 
 
 def prediction_losses(
@@ -80,7 +85,6 @@ def prediction_losses(
     return model.base.token_losses(state_SBH, batch.labels_BS)
 
 
-def count_actions(idm_logits_SBA: torch.Tensor) -> torch.Tensor:
-    """How often each action is the argmax, over the positions that have a next token; [A], fp32."""
-    actions = idm_logits_SBA[:-1].argmax(-1).flatten()
-    return torch.bincount(actions, minlength=idm_logits_SBA.shape[-1]).float()
+def count_actions(actions_SB: torch.Tensor, num_actions: int) -> torch.Tensor:
+    """How often each action occurs at the positions that have a next token; [A], fp32."""
+    return torch.bincount(actions_SB[:-1].flatten(), minlength=num_actions).float()

@@ -35,4 +35,4 @@ class PolicyStage(Stage):
             choice_SBA = straight_through_one_hot(policy_logits_SBA, None, temperature=1.0).one_hot_SBA
             losses_SB = prediction_losses(self.config.actions.output, model, hidden_SBH, choice_SBA, batch)
             means["prediction_loss"] = masked_mean(losses_SB)
-        return StageLoss(loss, means, count_actions(idm_logits_SBA))
+        return StageLoss(loss, means, count_actions(labels_SB, idm_logits_SBA.shape[-1]))

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,10 @@ def test_exported_model_equals_the_run(megatron, folder: Path) -> None:  # type:
 
 def without_rope_scaling(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": config["rope_parameters"]["rope_theta"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -139,7 +143,11 @@ def test_the_folder_is_complete(folder: Path, tiny_blend: Path) -> None:
     """Tokenizer, model card and code are there; the tokenizer is the data's; nothing half-written is left."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    assert tokenizer.eos_token_id == config["eos_token_id"] == json.loads((tiny_blend / "blend.json").read_text())["tokenizer"]["eos_id"]
+    assert (
+        tokenizer.eos_token_id
+        == config["eos_token_id"]
+        == json.loads((tiny_blend / "blend.json").read_text())["tokenizer"]["eos_id"]
+    )
     assert tokenizer.decode(tokenizer("def f(x):\n    return x").input_ids) == "def f(x):\n    return x"
     assert "| stage | policy |" in (folder / "README.md").read_text()
     assert [path.name for path in folder.parent.iterdir()] == ["hf"]
@@ -147,7 +155,9 @@ def test_the_folder_is_complete(folder: Path, tiny_blend: Path) -> None:
 
 def test_a_run_without_policy_exports_what_it_has(runs: Path, tmp_path: Path) -> None:
     """An idm run plays and infers actions; only the policy is missing."""
-    model = AutoModelForCausalLM.from_pretrained(export(runs / "idm", tmp_path / "hf"), trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        export(runs / "idm", tmp_path / "hf"), trust_remote_code=True
+    )
     tokens_BS = torch.arange(20)[None]
     assert model.config.num_policy_layers == 0
     assert model.infer_actions(tokens_BS).shape == (1, 19)
@@ -171,7 +181,9 @@ def test_a_flipped_bit_in_a_frozen_part_is_refused(runs: Path, tmp_path: Path) -
     """A checkpoint that decayed on disk is not exported: its fingerprint tells."""
     damaged = tmp_path / "runs"
     shutil.copytree(runs, damaged)
-    shard = max((damaged / "base" / "checkpoints").glob("*/weights/*.distcp"), key=lambda path: path.stat().st_size)
+    shard = max(
+        (damaged / "base" / "checkpoints").glob("*/weights/*.distcp"), key=lambda path: path.stat().st_size
+    )
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

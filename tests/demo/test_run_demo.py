@@ -90,7 +90,7 @@ def test_success_is_zero_and_names_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _replace_steps(monkeypatch, _small_step(tmp_path, "import sys; open(sys.argv[1], 'w')"))
-    assert run(DemoOptions(folder=tmp_path)) == 0
+    run(DemoOptions(folder=tmp_path))
     printed = capsys.readouterr().out.replace("\n", "")
     assert "1 steps, 0 seconds" in printed
     assert "report.html" in printed
@@ -100,7 +100,9 @@ def test_failure_is_not_zero_and_shows_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _replace_steps(monkeypatch, _small_step(tmp_path, "raise SystemExit('no such corpus')"))
-    assert run(DemoOptions(folder=tmp_path)) == 1
+    with pytest.raises(SystemExit) as stopped:
+        run(DemoOptions(folder=tmp_path))
+    assert stopped.value.code == 1
     errors = capsys.readouterr().err
     assert "no such corpus" in errors
     assert "step 'small' failed (exit code 1)" in errors
@@ -110,7 +112,7 @@ def test_failure_is_not_zero_and_shows_why(
 def test_a_dry_run_lists_the_steps_and_makes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(DemoOptions(folder=tmp_path / "new", dry_run=True)) == 0
+    run(DemoOptions(folder=tmp_path / "new", dry_run=True))
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("sample corpora", "train policy", "report"))
     assert not (tmp_path / "new").exists()

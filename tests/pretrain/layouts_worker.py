@@ -14,11 +14,11 @@ cpu_redirects.apply()
 
 import torch
 import torch.distributed as dist
-from tests.pretrain.tiny_runs import STARTS, tiny_recipe
 
 import pretrain.model.world_model
 import pretrain.stages.idm
 from pretrain.run import train
+from tests.pretrain.tiny_runs import STARTS, tiny_recipe
 
 WHOLE_NOISE = pretrain.stages.idm.gumbel_noise
 

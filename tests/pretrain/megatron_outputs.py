@@ -44,7 +44,9 @@ class MegatronOutputs:
         """World-model logits [B, S, V] by the stage's own path to the head."""
         captured: list[torch.Tensor] = []
         base = self.model.base
-        hook = base.output_layer.register_forward_hook(lambda *arguments: captured.append(arguments[2][0].clone()))
+        hook = base.output_layer.register_forward_hook(
+            lambda *arguments: captured.append(arguments[2][0].clone())
+        )
         one_hot = torch.nn.functional.one_hot(actions_BS.T, self.model.world_model.codebook_AH.shape[0])
         batch = Batch(self.tokens_BS, self.tokens_BS, torch.arange(len(self.tokens_BS)))
         prediction_losses(self.output_form, self.model, self.hidden_SBH, one_hot.float(), batch)

@@ -31,7 +31,13 @@ def refuse(folder: Path, match: str, *arguments, **sections) -> str:  # type: ig
 
 
 def test_missing_data(tmp_path: Path) -> None:
-    refuse(tmp_path / "run", r"data\.path: .*not a finished blend", "base", tmp_path / "run", tmp_path / "nowhere")
+    refuse(
+        tmp_path / "run",
+        r"data\.path: .*not a finished blend",
+        "base",
+        tmp_path / "run",
+        tmp_path / "nowhere",
+    )
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: Path, tiny_blend: Path) -> None:

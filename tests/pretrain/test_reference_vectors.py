@@ -85,13 +85,17 @@ def found_differences(
     """Greatest difference of each output from the authors' (for actions: how many differ)."""
     recipe = recipe_of(vectors, build_rope or rope)
     model = ColaModel(recipe, context.groups, PARTS)
-    published = {k.removeprefix("weights."): v for k, v in vectors.tensors.items() if k.startswith("weights.")}
+    published = {
+        k.removeprefix("weights."): v for k, v in vectors.tensors.items() if k.startswith("weights.")
+    }
     weights = to_megatron(weight_rules(recipe.model, recipe.actions, PARTS), fault(published))
     answer = model.load_state_dict(weights, strict=False)
     assert not answer.unexpected_keys
     assert all(name.endswith("_extra_state") for name in answer.missing_keys)
     ours = MegatronOutputs(model, output_form, vectors.tensors["input_ids"].long(), action_shift)
-    theirs = {key.removeprefix(f"{rope}."): v for key, v in vectors.tensors.items() if key.startswith(f"{rope}.")}
+    theirs = {
+        key.removeprefix(f"{rope}."): v for key, v in vectors.tensors.items() if key.startswith(f"{rope}.")
+    }
     greedy_BS = ours.policy_logits_BSA.argmax(-1)
     generated, generated_actions = generate(model, output_form, ours.tokens_BS[:, :PROMPT_TOKENS], NEW_TOKENS)
     return {
@@ -99,7 +103,7 @@ def found_differences(
         "generated_actions": float((generated_actions != theirs["generated_actions"]).sum()),
         "hidden": float((ours.hidden_BSH - theirs["hidden"]).abs().max()),
         "policy_logits": float((ours.policy_logits_BSA - theirs["policy_logits"]).abs().max()),
-        "actions": float((ours.idm_logits_SBA.argmax(-1).T != theirs["idm_action_unshifted"]).sum()),
+        "actions": float((theirs["idm_action_unshifted"] != ours.idm_logits_SBA.argmax(-1).T).sum()),
         # the last position has no next token; theirs repeats the action before it
         "logits_idm_actions": float(
             (ours.world_logits(ours.inferred_actions()) - theirs["logits_idm_actions"])[:, :-1].abs().max()
@@ -108,7 +112,9 @@ def found_differences(
             (ours.world_logits(greedy_BS) - theirs["logits_greedy_policy"]).abs().max()
         ),
         "logits_action3_last": float(
-            (ours.world_logits(torch.full_like(greedy_BS, 3))[:, -1:] - theirs["logits_action3_last"]).abs().max()
+            (ours.world_logits(torch.full_like(greedy_BS, 3))[:, -1:] - theirs["logits_action3_last"])
+            .abs()
+            .max()
         ),
     }
 

@@ -26,7 +26,11 @@ STARTS = {"base": None, "idm": "base", "policy": "idm"}
 
 
 def tiny_recipe(
-    stage: str, run_folder: Path, data_folder: Path, start_from: Path | None = None, **sections: dict[str, Any]
+    stage: str,
+    run_folder: Path,
+    data_folder: Path,
+    start_from: Path | None = None,
+    **sections: dict[str, Any],
 ) -> RunConfig:
     """A recipe of six steps; `sections` replace single fields, e.g. training={"steps": 3}."""
     fields: dict[str, Any] = {
