@@ -104,6 +104,12 @@ def _run_step(
     return save_ended(status="finished", outputs=hash_outputs(folder, step))
 
 
+def _environment(step: Step) -> dict[str, str]:
+    # Threads that spin while they wait cost minutes where something else uses the cores as well.
+    threads = {"OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return threads | {"PYTHONUNBUFFERED": "1"}
+
+
 def _run_command(
     arguments: Sequence[str], step: Step, log: IO[bytes], display: ProgressDisplay, lock: IO[str]
 ) -> int:
@@ -113,7 +119,7 @@ def _run_command(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": str(step.threads), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | _environment(step),
         # A session of its own: Ctrl-C reaches only the runner, which stops the command in an orderly way.
         start_new_session=True,
         # The command holds the lock too: one that outlives a killed runner still guards the folder.

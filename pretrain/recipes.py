@@ -7,6 +7,7 @@ and its help from the same dataclasses.
 import contextlib
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import tyro
@@ -18,6 +19,8 @@ from pretrain.config import RunConfig
 
 # Unknown keys anywhere in a recipe are errors: a misspelt field must not be a silent default.
 _STRICT = ConfigDict(extra="forbid")
+# On a terminal tyro's complaints come in colours and in a frame.
+_TERMINAL_DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 
 
 def _strict_adapter() -> TypeAdapter[RunConfig]:
@@ -75,8 +78,8 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
     except SystemExit as exit_request:
         if not exit_request.code:  # --help was asked for and printed
             raise
-        lines = [line.strip("│╭╰─╮╯ ") for line in complaints.getvalue().splitlines()]
-        raise UserError(f"command line: {' '.join(line for line in lines if line)}") from None
+        words = _TERMINAL_DECORATION.sub(" ", complaints.getvalue()).split()
+        raise UserError(f"command line: {' '.join(words)}") from None
 
 
 def recipe_fields(config: RunConfig) -> dict[str, object]:

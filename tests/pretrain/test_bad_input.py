@@ -145,7 +145,7 @@ def test_every_problem_in_one_error(tmp_path: Path) -> None:
         "idm",
         tmp_path / "run",
         tmp_path / "nowhere",
-        model={"num_attention_heads": 3, "head_size": 7},
+        model={"num_key_value_heads": 3, "head_size": 7},
         training={"micro_batch_size": 3},
     )
     for name in ("data.path", "start_from", "num_attention_heads", "head_size", "global_batch_size"):

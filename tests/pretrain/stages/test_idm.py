@@ -175,15 +175,26 @@ def test_training_draws_noise_by_sample_and_evaluation_none(context: ParallelCon
 
 
 def test_actions_are_counted_where_there_is_a_next_token() -> None:
-    logits_SBA = torch.zeros(4, 2, 5)
-    for position, actions in enumerate([(1, 1), (1, 3), (4, 3), (0, 0)]):
-        for sample, action in enumerate(actions):
-            logits_SBA[position, sample, action] = 1.0
-    assert count_actions(logits_SBA).tolist() == [0, 3, 0, 2, 1]
+    actions_SB = torch.tensor([(1, 1), (1, 3), (4, 3), (0, 0)])
+    assert count_actions(actions_SB, 5).tolist() == [0, 3, 0, 2, 1]
+
+
+def test_counts_are_of_the_likeliest_actions_in_training_too(context: ParallelContext) -> None:
+    """Not of the sampled ones, which at the start are spread evenly whatever the IDM thinks."""
+    stage, model = build(recipe(), context)
+    randomised(model)
+    logits_SBA = shift_to_previous(
+        model.idm(model.base.hidden(random_batch().tokens_BS), model.base.rotary(S))
+    )
+    expected_A = torch.bincount(logits_SBA[:-1].argmax(-1).flatten(), minlength=A).float()
+    for mode in (model.train, model.eval):
+        mode()
+        counts_A = loss_of(stage, model).action_counts_A
+        assert counts_A is not None and torch.equal(counts_A, expected_A)
 
 
 def test_vq_assignment_trains_codes_and_needs_no_noise(context: ParallelContext) -> None:
-    """The regulariser reported is the VQ loss, unweighted."""
+    """The regulariser reported is the VQ loss, unweighted; actions are counted by their nearest code."""
     config = recipe(assignment="vq", output="reference", regulariser_coefficient=0.5)
     stage, model = build(config, context)
     assert stage.trained_parts == ("idm", "world_model", "quantiser")
@@ -193,6 +204,10 @@ def test_vq_assignment_trains_codes_and_needs_no_noise(context: ParallelContext)
     assert torch.equal(result.loss, renumbered.loss)
     idm_logits_SBA = shift_to_previous(model.idm(model.base.hidden(batch.tokens_BS), model.base.rotary(S)))
     torch.testing.assert_close(result.means["regulariser"], model.quantiser(idm_logits_SBA)[1].detach())
+    nearest_SB = model.quantiser.nearest(idm_logits_SBA)
+    assert result.action_counts_A is not None
+    assert torch.equal(result.action_counts_A, count_actions(nearest_SB, A))
+    assert not torch.equal(result.action_counts_A, count_actions(idm_logits_SBA.argmax(-1), A))
     result.loss.backward()
     gradient_AA = model.quantiser.codes_AA.grad
     assert gradient_AA is not None and bool(gradient_AA.any())
