@@ -29,13 +29,13 @@ TOKEN = ("--actions.regulariser", "token", "--actions.regulariser-coefficient", 
 REFERENCE = ("--actions.output", "reference")
 VQ = ("--actions.assignment", "vq")
 DEMO_VARIANT = "residual, usage (the demo)"
+# By name in the report: run folder, and what differs from configs/demo_idm.yaml.
 VARIANTS = {
     "reference, token (published)": ("reference_token", (*REFERENCE, *TOKEN)),
     "reference, usage": ("reference_usage", REFERENCE),
     "residual, token": ("residual_token", TOKEN),
     "residual, VQ-VAE assignment": ("residual_vq", VQ),
 }
-"""By name in the report: run folder, and what differs from configs/demo_idm.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,22 +24,14 @@ class ActionChoice(NamedTuple):
 def shift_to_previous(idm_logits_SBA: torch.Tensor) -> torch.Tensor:
     """Give position t the logits read at t+1, where the IDM has seen the token to be predicted.
 
-    The last position keeps its own: it has no next token, and `has_next_token` masks it from every loss.
+    The last position keeps its own: it has no next token, and `masked_mean` leaves it out of every loss.
     """
     return torch.cat([idm_logits_SBA[1:], idm_logits_SBA[-1:]])
 
 
-def has_next_token(sequence_length: int, device: torch.device) -> torch.Tensor:
-    """[S, 1] mask: 1 where an action can be inferred, 0 at the last position."""
-    mask_S1 = torch.ones(sequence_length, 1, device=device)
-    mask_S1[-1] = 0
-    return mask_S1
-
-
 def masked_mean(values_SB: torch.Tensor) -> torch.Tensor:
-    """Mean over the positions that have a next token; a scalar."""
-    mask_S1 = has_next_token(values_SB.shape[0], values_SB.device)
-    return (values_SB * mask_S1).sum() / (mask_S1.sum() * values_SB.shape[1])
+    """Mean over all positions but the last, which has no next token; a scalar."""
+    return values_SB[:-1].mean()
 
 
 def gumbel_noise(

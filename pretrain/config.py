@@ -212,8 +212,19 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
     }  # fmt: skip
     for name, section in sections.items():
         for key, value in vars(section).items():
-            if isinstance(value, int | float) and not 0 < value < math.inf:
+            if (
+                key != "regulariser_coefficient"
+                and isinstance(value, int | float)
+                and not 0 < value < math.inf
+            ):
                 yield f"{name}.{key}: must be positive, got {value}"
+    if not 0 <= config.actions.regulariser_coefficient < math.inf:
+        yield f"actions.regulariser_coefficient: must be 0 or more, got {config.actions.regulariser_coefficient}"
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        yield (
+            f"data.sequence_length: {config.data.sequence_length} exceeds model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}, which the exported model announces"
+        )
     if not 0 <= config.seed < 2**32:
         yield f"seed: must be from 0 to 2^32 - 1, got {config.seed}"
     if config.data.sequence_length < 2:

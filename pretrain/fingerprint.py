@@ -54,14 +54,15 @@ def _shard_sum(shard: ShardedTensor) -> int:
     global_shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
     data = shard.data.detach().contiguous()
     bits = data.view(_BITS_VIEW[data.element_size()]).flatten()
-    index = torch.zeros((), dtype=torch.int64, device=data.device)
-    for size, start, length in zip(global_shape, offset, data.shape, strict=True):
-        index = index[..., None] * size + torch.arange(start, start + length, device=data.device)
-    index = index.flatten()
     total = 0
     for first in range(0, bits.numel(), _CHUNK_ELEMENTS):
-        part = slice(first, first + _CHUNK_ELEMENTS)
-        total += int(mix64(mix64(bits[part].long()) + (index[part] + 1) * GOLDEN_GAMMA).sum())
+        part = bits[first : first + _CHUNK_ELEMENTS].long()
+        local = torch.arange(first, first + part.numel(), device=data.device)
+        index, stride = torch.zeros_like(local), 1
+        for size, start, length in reversed(list(zip(global_shape, offset, data.shape, strict=True))):
+            index += (local % length + start) * stride
+            local, stride = local // length, stride * size
+        total += int(mix64(mix64(part) + (index + 1) * GOLDEN_GAMMA).sum())
     return total
 
 

@@ -15,9 +15,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pretrain.config import METRICS_FILE, RunConfig
+from pretrain.flops import CONVENTION
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields
 from pretrain.stages.contract import StageLoss
+
+# Metrics beside the progress bar, by the short name they have there.
+SHOWN_ON_TERMINAL = {
+    "loss": "loss",
+    "regulariser": "reg",
+    "action_accuracy": "acc",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "alive_actions": "alive",
+    "action_perplexity": "ppl",
+    "most_used_action": "top",
+    "tokens_per_second": "tok/s",
+    "tflops_per_second": "TFLOP/s",
+    "memory_gib": "GiB",
+}
 
 
 class MeanOfSteps:
@@ -88,6 +104,7 @@ class MetricsWriter:
         self.path = config.run_folder / METRICS_FILE
         drop_lines_after(self.path, first_step)
         self.wandb_run = _start_wandb(config)
+        print(f"{config.stage}: TFLOP/s are over all ranks and count {CONVENTION}", flush=True)
         self.bar = tqdm(
             total=config.training.steps, initial=first_step, desc=config.stage, unit="step", mininterval=1.0
         )
@@ -115,14 +132,9 @@ class MetricsWriter:
         if self.wandb_run is not None:
             scalars = {f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
             self.wandb_run.log(scalars, step=int(line["step"]))  # type: ignore[arg-type]
-        shown = {
-            "loss": "loss",
-            "alive": "alive_actions",
-            "acc": "action_accuracy",
-            "tok/s": "tokens_per_second",
-        }
         if line["split"] == "train":
-            self.bar.set_postfix({k: f"{line[v]:.4g}" for k, v in shown.items() if v in line}, refresh=False)
+            shown = {short: line[name] for name, short in SHOWN_ON_TERMINAL.items() if name in line}
+            self.bar.set_postfix({short: f"{value:.4g}" for short, value in shown.items()}, refresh=False)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

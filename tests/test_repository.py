@@ -16,6 +16,7 @@ NOT_IMPORTED = {
     "mypy": "make check",
     "ruff": "make check",
     "types-PyYAML": "types for mypy",
+    "types-tqdm": "types for mypy",
 }
 # Imported only where it is installed; requirements-gpu.txt.
 GPU_ONLY = {"transformer_engine", "apex"}

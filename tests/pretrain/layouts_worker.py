@@ -20,6 +20,8 @@ import pretrain.stages.idm
 from pretrain.run import train
 from tests.pretrain.tiny_runs import STARTS, tiny_recipe
 
+# The published form: its merge layers do not start at zero, so gradients reach the IDM from the first step.
+ACTIONS = {"output": "reference"}
 WHOLE_NOISE = pretrain.stages.idm.gumbel_noise
 
 
@@ -34,6 +36,7 @@ def train_stages(data: Path, reference: Path, output: Path, tensor_parallel_size
             reference / start if start else None,
             parallel={"tensor_parallel_size": tensor_parallel_size},
             training={"micro_batch_size": 2 * tensor_parallel_size},
+            actions=ACTIONS,
         )
         train(recipe, resume=False, overwrite=False)
 

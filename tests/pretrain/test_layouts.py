@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pretrain.layouts_worker import ACTIONS
 from tests.pretrain.tiny_runs import STARTS, series, tiny_recipe, train_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
     reference = folder / "one_rank"
     for stage, start in STARTS.items():
         train_in_process(
-            tiny_recipe(stage, reference / stage, tiny_blend, reference / start if start else None)
+            tiny_recipe(
+                stage, reference / stage, tiny_blend, reference / start if start else None, actions=ACTIONS
+            )
         )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
