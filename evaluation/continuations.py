@@ -30,7 +30,9 @@ def fixed_actions(
 ) -> torch.Tensor:
     """One continuation under each action of `actions_M`, held for the whole text; greedy tokens."""
     plan_MN = torch.tensor(actions_M, device=prompts_PS.device).unsqueeze(1).expand(-1, new_tokens)
-    return _planned(model, prompts_PS, plan_MN.repeat(prompts_PS.shape[0], 1), len(actions_M), new_tokens)
+    return _greedy_tokens(
+        model, prompts_PS, len(actions_M), new_tokens, action_plan=plan_MN.repeat(prompts_PS.shape[0], 1)
+    )
 
 
 def first_actions(
@@ -38,28 +40,21 @@ def first_actions(
 ) -> torch.Tensor:
     """One continuation under each action for its first token, then the policy's likeliest; greedy tokens."""
     plan_M1 = torch.tensor(actions_M, device=prompts_PS.device).unsqueeze(1)
-    return _planned(model, prompts_PS, plan_M1.repeat(prompts_PS.shape[0], 1), len(actions_M), new_tokens)
+    return _greedy_tokens(
+        model, prompts_PS, len(actions_M), new_tokens, action_plan=plan_M1.repeat(prompts_PS.shape[0], 1)
+    )
 
 
 def random_actions(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
     """`count` continuations, each with an action drawn uniformly at every token; greedy tokens."""
     shape = (prompts_PS.shape[0] * count, new_tokens)
     plan = torch.randint(model.config.num_actions, shape).to(prompts_PS.device)
-    return _planned(model, prompts_PS, plan, count, new_tokens)
+    return _greedy_tokens(model, prompts_PS, count, new_tokens, action_plan=plan)
 
 
 def policy_actions(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
     """`count` continuations with actions sampled from the policy as it is (no temperature); greedy tokens."""
-    rows = prompts_PS.repeat_interleave(count, dim=0)
-    output = model.generate(
-        input_ids=rows,
-        attention_mask=torch.ones_like(rows),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        do_sample_actions=True,
-    )
-    return _new_tokens(output, prompts_PS, count)
+    return _greedy_tokens(model, prompts_PS, count, new_tokens, do_sample_actions=True)
 
 
 def base_samples(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
@@ -90,10 +85,15 @@ def base_language_model(model: ColaModel) -> LlamaForCausalLM:
     return base.eval()
 
 
-def _planned(
-    model: ColaModel, prompts_PS: torch.Tensor, plan_RK: torch.Tensor, count: int, new_tokens: int
+def _greedy_tokens(
+    model: ColaModel,
+    prompts_PS: torch.Tensor,
+    count: int,
+    new_tokens: int,
+    do_sample_actions: bool = False,
+    action_plan: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Generate with the given actions for the first K new tokens; R = P * `count` rows."""
+    """`count` continuations of each prompt, actions by policy or plan ([rows, tokens]), tokens greedy."""
     rows = prompts_PS.repeat_interleave(count, dim=0)
     output = model.generate(
         input_ids=rows,
@@ -101,7 +101,8 @@ def _planned(
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
-        action_plan=plan_RK,
+        do_sample_actions=do_sample_actions,
+        action_plan=action_plan,
     )
     return _new_tokens(output, prompts_PS, count)
 

@@ -1,42 +1,32 @@
 """The model computes what the authors' own code computes, to 1e-3; with the usual mistakes it does not."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
 from tests.checkpoint_tools.random_cola import generate_with_actions, greatest_difference
-
-VARIABLE = "COLA_REFERENCE_VECTORS"
-PROMPT_TOKENS, NEW_TOKENS = 32, 24
-TOLERANCE = 1e-3
-ROPES = ("plain", "llama3")
-WORLD_MODEL = {"logits_idm_actions", "logits_greedy_policy", "logits_action3_last"}
-
-pytestmark = pytest.mark.skipif(
-    not os.environ.get(VARIABLE), reason=f"{VARIABLE} does not name the file of the authors' outputs"
+from tests.reference_vectors import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    ROPES,
+    Vectors,
+    needs_vectors,
+    read_vectors,
+    wrong,
 )
 
+WORLD_MODEL = {"logits_idm_actions", "logits_greedy_policy", "logits_action3_last"}
 
-class Vectors(NamedTuple):
-    """The authors' outputs: tensors by key, and the model's sizes."""
-
-    tensors: dict[str, torch.Tensor]
-    sizes: dict[str, Any]
+pytestmark = needs_vectors
 
 
 @pytest.fixture(scope="module")
 def vectors() -> Vectors:
-    with safe_open(os.environ[VARIABLE], "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-        return Vectors(tensors, json.loads(file.metadata()["config"]))
+    return read_vectors()
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +43,7 @@ def build(vectors: Vectors, rope: str, attn_implementation: str = "eager") -> Co
     config = ColaConfig(**sizes, output_form="reference", bos_token_id=None, eos_token_id=None)
     config._attn_implementation = attn_implementation
     model = ColaForCausalLM(config).eval()
-    prefix = "weights."
-    weights = {key.removeprefix(prefix): t for key, t in vectors.tensors.items() if key.startswith(prefix)}
-    model.load_state_dict(weights)
+    model.load_state_dict(vectors.weights())
     return model
 
 
@@ -81,10 +69,6 @@ def differences(
         model, tokens_BS[:, :PROMPT_TOKENS], NEW_TOKENS
     )
     return {key: greatest_difference(ours[key], expected[key].to(ours[key].dtype)) for key in expected}
-
-
-def wrong(found: dict[str, float]) -> set[str]:
-    return {key for key, difference in found.items() if difference > TOLERANCE}
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])

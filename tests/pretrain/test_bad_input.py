@@ -40,48 +40,21 @@ def test_missing_data(tmp_path: Path) -> None:
     )
 
 
-def test_vocabulary_larger_than_the_models(tmp_path: Path, tiny_blend: Path) -> None:
-    refuse(
-        tmp_path / "run",
-        r"model\.vocab_size: 512 is smaller than the 1024 tokens",
-        "base",
-        tmp_path / "run",
-        tiny_blend,
-        model={"vocab_size": 512},
-    )
-
-
-def test_sequences_longer_than_the_data(tmp_path: Path, tiny_blend: Path) -> None:
-    refuse(
-        tmp_path / "run",
-        r"data\.sequence_length: 200000 tokens is more than a shard of .* holds",
-        "base",
-        tmp_path / "run",
-        tiny_blend,
-        data={"sequence_length": 200_000},
-    )
-
-
-def test_more_steps_than_the_data_lasts(tmp_path: Path, tiny_blend: Path) -> None:
-    refuse(
-        tmp_path / "run",
-        r"training\.steps: 1000000 steps need .* samples .* holds",
-        "base",
-        tmp_path / "run",
-        tiny_blend,
-        training={"steps": 1_000_000},
-    )
-
-
-def test_layout_that_does_not_divide(tmp_path: Path, tiny_blend: Path) -> None:
-    refuse(
-        tmp_path / "run",
-        r"parallel\.tensor_parallel_size: 3 does not divide the 1 ranks",
-        "base",
-        tmp_path / "run",
-        tiny_blend,
-        parallel={"tensor_parallel_size": 3},
-    )
+@pytest.mark.parametrize(
+    ("match", "section", "changes"),
+    [
+        (r"model\.vocab_size: 512 is smaller than the 1024 tokens", "model", {"vocab_size": 512}),
+        (r"data\.sequence_length: 7000 tokens is more than .* hold", "data", {"sequence_length": 7000}),
+        (r"training\.steps: 9999 steps need .* samples .* holds", "training", {"steps": 9999}),
+        (r"tensor_parallel_size: 3 does not divide the 1 ranks", "parallel", {"tensor_parallel_size": 3}),
+        (r"global_batch_size: 8 is not divisible by", "training", {"micro_batch_size": 3}),
+    ],
+)
+def test_recipe_that_does_not_fit(
+    tmp_path: Path, tiny_blend: Path, match: str, section: str, changes: dict[str, int]
+) -> None:
+    """A vocabulary, length or number of samples the data do not have; a layout that does not divide."""
+    refuse(tmp_path / "run", match, "base", tmp_path / "run", tiny_blend, **{section: changes})
 
 
 def test_checkpoint_of_another_stage(tmp_path: Path, tiny_blend: Path, base_run: Path) -> None:

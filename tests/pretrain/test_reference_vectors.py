@@ -1,14 +1,10 @@
 """The Megatron model computes what the authors' own code computes, to 1e-3; with the usual mistakes it does not."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from checkpoint_tools.weight_map import to_megatron, weight_rules
 from pretrain.config import RunConfig
@@ -16,30 +12,24 @@ from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
 from tests.pretrain.megatron_outputs import MegatronOutputs
 from tests.pretrain.tiny_runs import tiny_recipe
-
-VARIABLE = "COLA_REFERENCE_VECTORS"
-PARTS = ("base", "idm", "world_model", "policy")
-ROPES = ("plain", "llama3")
-TOLERANCE = 1e-3
-PROMPT_TOKENS, NEW_TOKENS = 32, 24
-
-pytestmark = pytest.mark.skipif(
-    not os.environ.get(VARIABLE), reason=f"{VARIABLE} does not name the file of the authors' outputs"
+from tests.reference_vectors import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    ROPES,
+    Vectors,
+    needs_vectors,
+    read_vectors,
+    wrong,
 )
 
+PARTS = ("base", "idm", "world_model", "policy")
 
-class Vectors(NamedTuple):
-    """The authors' outputs: tensors by key, and the model's sizes."""
-
-    tensors: dict[str, torch.Tensor]
-    sizes: dict[str, Any]
+pytestmark = needs_vectors
 
 
 @pytest.fixture(scope="module")
 def vectors() -> Vectors:
-    with safe_open(os.environ[VARIABLE], "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        return Vectors(tensors, json.loads(file.metadata()["config"]))
+    return read_vectors()
 
 
 def recipe_of(vectors: Vectors, rope: str) -> RunConfig:
@@ -85,10 +75,7 @@ def found_differences(
     """Greatest difference of each output from the authors' (for actions: how many differ)."""
     recipe = recipe_of(vectors, build_rope or rope)
     model = ColaModel(recipe, context.groups, PARTS)
-    published = {
-        k.removeprefix("weights."): v for k, v in vectors.tensors.items() if k.startswith("weights.")
-    }
-    weights = to_megatron(weight_rules(recipe.model, recipe.actions, PARTS), fault(published))
+    weights = to_megatron(weight_rules(recipe.model, recipe.actions, PARTS), fault(vectors.weights()))
     answer = model.load_state_dict(weights, strict=False)
     assert not answer.unexpected_keys
     assert all(name.endswith("_extra_state") for name in answer.missing_keys)
@@ -130,10 +117,6 @@ def generate(
         actions.append(greedy_BS[:, -1:])
         tokens_BS = torch.cat([tokens_BS, outputs.world_logits(greedy_BS)[:, -1:].argmax(-1)], dim=1)
     return tokens_BS, torch.cat(actions, dim=1)
-
-
-def wrong(found: dict[str, float]) -> set[str]:
-    return {name for name, difference in found.items() if difference > TOLERANCE}
 
 
 @pytest.mark.parametrize("rope", ROPES)
