@@ -89,6 +89,8 @@ def export(config: ExportConfig) -> None:
     """
     if config.output.exists() and not config.overwrite:
         raise UserError(f"{config.output} exists; pass --overwrite or another --output")
+    if config.output.exists() and not (config.output / "config.json").is_file():
+        raise UserError(f"{config.output} holds no exported model, so --overwrite will not delete it")
     checkpoint = resolve_checkpoint(config.run)
     description = read_description(checkpoint)
     recipe = recipe_from_fields(description.recipe, str(checkpoint))

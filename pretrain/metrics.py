@@ -4,7 +4,6 @@ Shapes: A actions.
 """
 
 import json
-import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,12 +158,11 @@ def _start_wandb(config: RunConfig):  # type: ignore[no-untyped-def]  # wandb is
         return None
     import wandb
 
-    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     return wandb.init(
         project="cola-pretrain",
         name=str(config.run_folder),
         dir=config.run_folder,
-        mode="online" if config.logging.wandb == "auto" and logged_in else "offline",
+        mode="online" if config.logging.wandb == "auto" and wandb.login(prompt=False) else "offline",
         config=recipe_fields(config),
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -20,6 +20,7 @@ from pretrain.recipes import dump_recipe, parse_recipe, recipe_from_fields
 from pretrain.stages.registry import stage_class
 from pretrain.train_loop import TrainLoop
 
+PARTIAL_CONFIG_FILE = CONFIG_FILE + ".partial"  # what a run killed at its very start leaves behind
 # What must not change between the start of a run and its resumption: it would be another run.
 _FIXED_ON_RESUME = ("stage", "start_from", "seed", "model", "actions", "data.sequence_length",
                     "training.global_batch_size", "training.precision")  # fmt: skip
@@ -112,9 +113,8 @@ def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     blend = check(config)
     prepare_run_folder(config, resume, overwrite)
     with parallel_context(config.parallel.tensor_parallel_size, config.seed) as context:
-        if (
-            context.is_first_rank
-        ):  # after the process group stands: no rank still reads the folder's old state
+        # Only now that the process group stands: no rank still reads the folder's old state.
+        if context.is_first_rank:
             _write_run_folder(config, overwrite)
         dist.barrier()
         checkpoints = checkpointing.find_checkpoints(config.run_folder) if resume else []
@@ -131,9 +131,11 @@ def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None
     """Refuse a run folder that is in use, or that `--resume` would continue with another configuration."""
     saved = config.run_folder / CONFIG_FILE
     if not saved.exists():
-        if config.run_folder.exists() and any(config.run_folder.iterdir()) and not (resume or overwrite):
+        others = config.run_folder.glob("*") if config.run_folder.exists() else ()
+        if any(path.name != PARTIAL_CONFIG_FILE for path in others):
             raise UserError(
-                f"run_folder: {config.run_folder} exists and is not empty; pass --overwrite or another folder"
+                f"run_folder: {config.run_folder} holds other files and no {CONFIG_FILE}, so it is no run's; "
+                "choose another folder"
             )
         return
     if not resume and not overwrite:
@@ -156,7 +158,7 @@ def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(config.run_folder, ignore_errors=True)
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    partial = config.run_folder / (CONFIG_FILE + ".partial")
+    partial = config.run_folder / PARTIAL_CONFIG_FILE
     partial.write_text(dump_recipe(config))
     partial.replace(config.run_folder / CONFIG_FILE)
 

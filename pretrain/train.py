@@ -11,6 +11,7 @@ starts if there is none), `--overwrite` deletes what is there, `--dry-run` check
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, run_cli
@@ -44,6 +45,8 @@ def main() -> None:
 def start(recipe: Path, overrides: list[str], modes: set[str]) -> None:
     """Check the recipe, then train it or, with --dry-run, print it."""
     cpu_redirects.apply()  # before the imports below, which load Megatron
+    # Megatron calls functions that torch has renamed; that is not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from pretrain.recipes import load_recipe
     from pretrain.run import dry_run, train
 

@@ -175,6 +175,10 @@ def test_bad_input_is_refused_in_one_line(runs: Path, folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"no tokenizer there; name its folder with --tokenizer"):
         export(runs / "policy", tmp_path / "hf", tokenizer=tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "thesis.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"holds no exported model"):
+        export(runs / "policy", tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "keep me"
 
 
 def test_a_flipped_bit_in_a_frozen_part_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -132,8 +132,11 @@ def test_run_folder_in_use(base_run: Path, tiny_blend: Path) -> None:
 
 def test_folder_of_something_else(tmp_path: Path, tiny_blend: Path) -> None:
     (tmp_path / "thesis.txt").write_text("keep me")
-    with pytest.raises(UserError, match=r"exists and is not empty"):
-        train_in_process(tiny_recipe("base", tmp_path, tiny_blend))
+    from pretrain.run import train
+
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
+        with pytest.raises(UserError, match=r"holds other files and no config\.yaml"):
+            train(tiny_recipe("base", tmp_path, tiny_blend), resume=resume, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "keep me"
 
 

@@ -145,6 +145,19 @@ def test_the_writer_appends_lines_and_resumes_after_the_checkpoint(
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.5), (3, 2.5), (4, 2.5)]
 
 
+def test_without_a_login_wandb_keeps_the_run_on_disk(
+    tmp_path: Path, context: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` asks nobody and reaches nothing; with `off` there is no folder at all."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for mode, runs in (("off", 0), ("auto", 1)):
+        config = tiny_recipe("base", tmp_path, Path("data"), logging={"wandb": mode})
+        with MetricsWriter(config, context, 0) as writer:
+            writer.write({"step": 1, "split": "train", "loss": 1.0})
+        assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == runs
+
+
 def test_only_the_first_rank_writes(tmp_path: Path, context: ParallelContext) -> None:
     second_rank = dataclasses.replace(context, rank=1)
     with MetricsWriter(recipe(tmp_path), second_rank, 0) as writer:
