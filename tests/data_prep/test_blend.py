@@ -288,9 +288,8 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
 def test_shipped_recipes_have_the_published_weights() -> None:
     for name, tokens in {"blend_demo.yaml": 5_000_000, "blend_200g.yaml": 200_000_000_000}.items():
         config = read_config(CONFIGS / name)
-        assert (
-            tokens <= config.total_tokens <= 1.001 * tokens
-        )  # a little more, for whole steps of whole sequences
+        # The large one has a little more: whole steps of whole sequences end earlier than the shards.
+        assert tokens <= config.total_tokens <= 1.002 * tokens
         assert config.weights == COLA_WEIGHTS
         assert sum(config.weights.values()) == pytest.approx(1.0)
     assert read_config(CONFIGS / "blend_200g.yaml").shard_tokens == 1_000_000_000
