@@ -28,10 +28,8 @@ cpu_redirects.apply()
 
 from pretrain.checkpointing import (
     CheckpointDescription,
-    check_fingerprints,
-    load_parts,
+    load_checked,
     locate_parts,
-    model_fingerprints,
     read_description,
     resolve_checkpoint,
 )
@@ -103,7 +101,7 @@ def export(config: ExportConfig) -> None:
     parts = [part for part in ("base", "idm", "world_model", "policy") if part in locate_parts(checkpoint)]
     tokenizer_folder = config.tokenizer or recipe.data.path / "tokenizer"
     tokenizer = _open_tokenizer(tokenizer_folder, description.tokenizer_fingerprint)
-    weights = gather_weights(recipe, checkpoint, tuple(parts), description.fingerprints)
+    weights = gather_weights(recipe, checkpoint, tuple(parts))
 
     partial = config.output.with_name(config.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,14 +117,11 @@ def export(config: ExportConfig) -> None:
     )
 
 
-def gather_weights(
-    recipe: RunConfig, checkpoint: Path, parts: tuple[str, ...], fingerprints: dict[str, str]
-) -> dict[str, torch.Tensor]:
+def gather_weights(recipe: RunConfig, checkpoint: Path, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """All tensors of `parts` under their Hugging Face names, from `checkpoint` and the runs it started from."""
     with parallel_context(tensor_parallel_size=1, seed=recipe.seed) as context:
         model = ColaModel(recipe, context.groups, parts)
-        load_parts(model, parts, checkpoint)
-        check_fingerprints(fingerprints, model_fingerprints(model, parts), str(checkpoint))
+        load_checked(model, parts, checkpoint)
         state = {name: value.detach() for name, value in model.named_parameters()}
     return to_huggingface(weight_rules(recipe.model, recipe.actions, parts), state)
 

@@ -99,6 +99,8 @@ class BlendedData:
     eos_id: int
     tokenizer_fingerprint: str
     tokenizer_folder: Path
+    plan_fingerprint: str
+    """Hash of everything that decided the shards' bytes."""
 
 
 def read_blend_manifest(folder: Path) -> BlendManifest:
@@ -149,4 +151,5 @@ def open_blend(folder: str | Path) -> BlendedData:
         eos_id=manifest.tokenizer.eos_id,
         tokenizer_fingerprint=manifest.tokenizer.fingerprint,
         tokenizer_folder=tokenizer_folder,
+        plan_fingerprint=manifest.plan_fingerprint,
     )

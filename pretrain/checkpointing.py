@@ -53,12 +53,26 @@ class CheckpointDescription:
     """Checkpoint the frozen parts came from, relative to the run folder."""
     tokenizer_fingerprint: str
     """Of the tokenizer that made the training data."""
+    data_fingerprint: str
+    """Of the blended shards, which together with the seed decide the order of samples."""
     recipe: dict[str, Any]
     """The resolved run configuration."""
     fingerprints: dict[str, str]
     """Of every trained and frozen tensor of the model, by checkpoint key."""
     megatron_version: str
     """megatron-core that wrote the files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOrigin:
+    """What a run is made from; the same for all its checkpoints."""
+
+    start: Path | None
+    """Checkpoint whose parts are frozen in it."""
+    tokenizer_fingerprint: str
+    """As in `CheckpointDescription`."""
+    data_fingerprint: str
+    """As in `CheckpointDescription`."""
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -110,9 +124,15 @@ def locate_parts(checkpoint: Path) -> dict[str, Path]:
     while current is not None:
         description = read_description(current)
         places |= {part: current for part in description.parts if part not in places}
-        run_folder = current.parent.parent
-        current = (run_folder / description.start_from).resolve() if description.start_from else None
+        current = start_of(current, description)
     return places
+
+
+def start_of(checkpoint: Path, description: CheckpointDescription) -> Path | None:
+    """The checkpoint that the run of `checkpoint` started from; None for a base run."""
+    if description.start_from is None:
+        return None
+    return (checkpoint.parent.parent / description.start_from).resolve()
 
 
 def save(
@@ -121,7 +141,7 @@ def save(
     optimizer: MegatronOptimizer,
     trained_parts: tuple[str, ...],
     step: int,
-    tokenizer_fingerprint: str,
+    origin: RunOrigin,
     fingerprints: dict[str, str],
 ) -> Path:
     """Write the checkpoint of `step`. Collective: every rank calls it."""
@@ -136,9 +156,6 @@ def save(
     optimizer_state = optimizer.sharded_state_dict(weights, metadata=_OPTIMIZER_FORMAT)
     dist_checkpointing.save(sharded_weights(model, trained_parts), str(partial / "weights"))
     dist_checkpointing.save({"optimizer": optimizer_state}, str(partial / "optimizer"))
-    start_from = None
-    if config.start_from is not None:
-        start_from = os.path.relpath(resolve_checkpoint(config.start_from), config.run_folder)
     if dist.get_rank() == 0:
         description = CheckpointDescription(
             format_version=FORMAT_VERSION,
@@ -147,8 +164,9 @@ def save(
             consumed_samples=step * config.training.global_batch_size,
             consumed_tokens=step * config.tokens_per_step,
             parts=list(trained_parts),
-            start_from=start_from,
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            start_from=os.path.relpath(origin.start, config.run_folder) if origin.start else None,
+            tokenizer_fingerprint=origin.tokenizer_fingerprint,
+            data_fingerprint=origin.data_fingerprint,
             recipe=recipe_fields(config),
             fingerprints=fingerprints,
             megatron_version=megatron_version,
@@ -188,6 +206,18 @@ def load_parts(model: ColaModel, parts: tuple[str, ...], checkpoint: Path) -> No
         loaded = _load(requested, folder)
         answer = model.load_state_dict(loaded, strict=False)
         assert not answer.unexpected_keys, answer.unexpected_keys
+
+
+def load_checked(model: ColaModel, parts: tuple[str, ...], checkpoint: Path) -> dict[str, str]:
+    """`load_parts`, and check every tensor against the fingerprint that `checkpoint` recorded. Collective.
+
+    Returns:
+        The fingerprints.
+    """
+    load_parts(model, parts, checkpoint)
+    found = model_fingerprints(model, parts)
+    check_fingerprints(read_description(checkpoint).fingerprints, found, str(checkpoint))
+    return found
 
 
 def load_optimizer(

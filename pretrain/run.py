@@ -167,20 +167,17 @@ def build_loop(
     config: RunConfig, context: ParallelContext, blend: BlendedData, newest: Path | None, first_step: int
 ) -> TrainLoop:
     """Build the stage and load what it starts or resumes from. Collective."""
+    origin = _find_origin(config, blend, newest)
     samples = build_datasets(config, blend)
     stage_type = stage_class(config)
     model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
     model.to(context.device)
     model.freeze_all_but(stage_type.trained_parts)
-    frozen_fingerprints = _load_frozen(config, model, stage_type.frozen_parts)
+    frozen_fingerprints = {}
+    if origin.start is not None:
+        frozen_fingerprints = checkpointing.load_checked(model, stage_type.frozen_parts, origin.start)
     if newest is not None:
-        checkpointing.load_parts(model, stage_type.trained_parts, newest)
-        loaded = checkpointing.model_fingerprints(
-            model, (*stage_type.frozen_parts, *stage_type.trained_parts)
-        )
-        checkpointing.check_fingerprints(
-            checkpointing.read_description(newest).fingerprints, loaded, str(newest)
-        )
+        checkpointing.load_checked(model, stage_type.trained_parts, newest)
     ddp = wrap_for_data_parallel(model)
     optimizer = build_optimizer(config, ddp)
     if newest is not None:
@@ -193,20 +190,24 @@ def build_loop(
         optimizer,
         build_scheduler(config, optimizer, first_step),
         samples,
-        blend.tokenizer_fingerprint,
+        origin,
         frozen_fingerprints,
     )
 
 
-def _load_frozen(config: RunConfig, model: ColaModel, parts: tuple[str, ...]) -> dict[str, str]:
-    """Load the frozen parts and check them against the fingerprints of the run that trained them."""
-    if not parts:
-        return {}
-    assert config.start_from is not None, "checked before"
-    checkpoint = checkpointing.resolve_checkpoint(config.start_from)
-    checkpointing.load_parts(model, parts, checkpoint)
-    loaded = checkpointing.model_fingerprints(model, parts)
-    checkpointing.check_fingerprints(
-        checkpointing.read_description(checkpoint).fingerprints, loaded, str(checkpoint)
+def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> checkpointing.RunOrigin:
+    """What the run is made from: for a resumed one, what it was made from, even if newer checkpoints exist."""
+    start = checkpointing.resolve_checkpoint(config.start_from) if config.start_from else None
+    if newest is not None:
+        description = checkpointing.read_description(newest)
+        start = checkpointing.start_of(newest, description)
+        if description.data_fingerprint != blend.plan_fingerprint:
+            raise UserError(
+                f"data.path: {blend.folder} holds other shards than those {newest} was trained on, so the run "
+                "cannot go on in the same order; restore them or start a new run_folder"
+            )
+    return checkpointing.RunOrigin(
+        start=start,
+        tokenizer_fingerprint=blend.tokenizer_fingerprint,
+        data_fingerprint=blend.plan_fingerprint,
     )
-    return loaded

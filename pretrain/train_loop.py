@@ -35,13 +35,13 @@ class TrainLoop:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         samples: tuple[IndexedSamples, IndexedSamples],
-        tokenizer_fingerprint: str,
+        origin: checkpointing.RunOrigin,
         frozen_fingerprints: dict[str, str],
     ) -> None:
         self.config, self.context, self.stage = config, context, stage
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.train_samples, self.validation_samples = samples
-        self.tokenizer_fingerprint, self.frozen_fingerprints = tokenizer_fingerprint, frozen_fingerprints
+        self.origin, self.frozen_fingerprints = origin, frozen_fingerprints
         self.total_flops_per_token = sum(flops_per_token(config).values())
 
     def run(self, first_step: int) -> None:
@@ -149,6 +149,6 @@ class TrainLoop:
             self.optimizer,
             self.stage.trained_parts,
             step,
-            self.tokenizer_fingerprint,
+            self.origin,
             frozen | trained,
         )

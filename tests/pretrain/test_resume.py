@@ -1,5 +1,6 @@
 """A run stopped and resumed is the uninterrupted run, bit for bit."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from pretrain.checkpointing import find_checkpoints, read_description
 from tests.pretrain.tiny_runs import STARTS, metrics, tiny_recipe, train_in_process
 
 VOLATILE = ("elapsed_seconds", "tokens_per_second", "tflops_per_second", "memory_gib")
@@ -79,6 +81,31 @@ def test_resume_refuses_another_recipe(runs: Path, tiny_blend: Path) -> None:
     """What would make it another run is named with both values."""
     recipe = tiny_recipe("base", runs / "base" / "straight", tiny_blend, training={"global_batch_size": 16})
     with pytest.raises(UserError, match=r"training.global_batch_size: 8 -> 16"):
+        train_in_process(recipe, resume=True)
+
+
+def test_resume_keeps_the_base_it_started_from(
+    runs: Path, tiny_blend: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Even after the base run has gone on: the newer base would be another model."""
+    folder = tmp_path_factory.mktemp("moving_base")
+    for stage, steps in (("base", 3), ("idm", 3), ("base", 6), ("idm", 6)):
+        start_from = folder / "base" if stage == "idm" else None
+        recipe = tiny_recipe(stage, folder / stage, tiny_blend, start_from, training={"steps": steps})
+        train_in_process(recipe, resume=True)
+    descriptions = [read_description(path) for path in find_checkpoints(folder / "idm")]
+    assert [description.step for description in descriptions] == [3, 6]
+    assert {description.start_from for description in descriptions} == {"../base/checkpoints/step_00000003"}
+
+
+def test_resume_refuses_other_shards(runs: Path, tiny_blend: Path, tmp_path: Path) -> None:
+    """The order of samples would be another one."""
+    other = tmp_path / "blend"
+    shutil.copytree(tiny_blend, other)
+    manifest = json.loads((other / "blend.json").read_text())
+    (other / "blend.json").write_text(json.dumps(manifest | {"plan_fingerprint": "0" * 64}))
+    recipe = tiny_recipe("base", runs / "base" / "straight", other, training={"steps": 7})
+    with pytest.raises(UserError, match=r"holds other shards than those .*step_00000006 was trained on"):
         train_in_process(recipe, resume=True)
 
 
