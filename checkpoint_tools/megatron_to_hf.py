@@ -21,6 +21,7 @@ from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
 from checkpoint_tools.weight_map import to_huggingface, weight_rules
 from data_prep.errors import UserError, run_cli
+from data_prep.output_files import folder_written_whole
 from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
 from pretrain import cpu_redirects
 
@@ -103,15 +104,11 @@ def export(config: ExportConfig) -> None:
     tokenizer = _open_tokenizer(tokenizer_folder, description.tokenizer_fingerprint)
     weights = gather_weights(recipe, checkpoint, tuple(parts))
 
-    partial = config.output.with_name(config.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_model(partial, huggingface_config(recipe, parts), weights, tokenizer.eos_id)
-    for file in tokenizer_folder.glob("tokenizer*"):
-        shutil.copyfile(file, partial / file.name)
-    (partial / "README.md").write_text(model_card(description))
-    shutil.rmtree(config.output, ignore_errors=True)
-    partial.rename(config.output)
+    with folder_written_whole(config.output) as folder:
+        write_model(folder, huggingface_config(recipe, parts), weights, tokenizer.eos_id)
+        for file in tokenizer_folder.glob("tokenizer*"):
+            shutil.copyfile(file, folder / file.name)
+        (folder / "README.md").write_text(model_card(description))
     print(
         f"{config.output}: {sum(w.numel() for w in weights.values()):,} parameters in {len(weights)} tensors"
     )

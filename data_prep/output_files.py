@@ -69,6 +69,16 @@ def new_folder(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) 
             raise UserError(
                 f"--output {path} was not written by this command, so --overwrite will not delete it"
             )
+    with folder_written_whole(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `path` when the block ends well and is removed when it does not.
+
+    Whether an existing `path` may be replaced is the caller's to check, as `new_folder` does.
+    """
     temporary = partial_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -7,13 +7,13 @@ the same steps, and its outputs are still the files that it left.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import UserError
+from data_prep.output_files import write_json_whole
 
 STATE_FILE = "steps.json"
 STATE_FORMAT = 1
@@ -118,12 +118,7 @@ class StepState:
         """Add or replace a record and write all of them."""
         self._records[record.name] = record
         state = {"format": STATE_FORMAT, "steps": [asdict(r) for r in self._records.values()]}
-        temporary = self._path.with_name(STATE_FILE + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_json_whole(self._path, state)
 
 
 def read_records(state_path: Path) -> list[StepRecord]:

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
 from data_prep.errors import UserError
+from data_prep.output_files import partial_path, write_json_whole
 from pretrain.config import RunConfig
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
@@ -146,7 +147,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`. Collective: every rank calls it."""
     final = step_folder(config.run_folder, step)
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_path(final)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         for name in ("weights", "optimizer"):
@@ -154,7 +155,7 @@ def save(
     dist.barrier()
     weights = sharded_weights(model, trained_parts)
     optimizer_state = optimizer.sharded_state_dict(weights, metadata=_OPTIMIZER_FORMAT)
-    dist_checkpointing.save(sharded_weights(model, trained_parts), str(partial / "weights"))
+    dist_checkpointing.save(weights, str(partial / "weights"))
     dist_checkpointing.save({"optimizer": optimizer_state}, str(partial / "optimizer"))
     if dist.get_rank() == 0:
         description = CheckpointDescription(
@@ -171,10 +172,7 @@ def save(
             fingerprints=fingerprints,
             megatron_version=megatron_version,
         )
-        with open(partial / DESCRIPTION_FILE, "w") as file:
-            json.dump(asdict(description), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json_whole(partial / DESCRIPTION_FILE, asdict(description))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in find_checkpoints(config.run_folder)[: -config.checkpoint.keep_last]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data_prep.output_files import write_text_whole
 from pretrain.config import METRICS_FILE, RunConfig
 from pretrain.flops import CONVENTION
 from pretrain.parallel import ParallelContext
@@ -141,9 +142,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
+    write_text_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from data_prep.blended_data import BlendedData, open_blend
 from data_prep.errors import UserError
+from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
 from pretrain import checkpointing
 from pretrain.config import CONFIG_FILE, RunConfig, find_problems
 from pretrain.data import build_datasets, find_data_problems
@@ -20,7 +21,7 @@ from pretrain.recipes import dump_recipe, parse_recipe, recipe_from_fields
 from pretrain.stages.registry import stage_class
 from pretrain.train_loop import TrainLoop
 
-PARTIAL_CONFIG_FILE = CONFIG_FILE + ".partial"  # what a run killed at its very start leaves behind
+PARTIAL_CONFIG_FILE = CONFIG_FILE + PARTIAL_SUFFIX  # what a run killed at its very start leaves behind
 # What must not change between the start of a run and its resumption: it would be another run.
 _FIXED_ON_RESUME = ("stage", "start_from", "seed", "model", "actions", "data.sequence_length",
                     "training.global_batch_size", "training.precision")  # fmt: skip
@@ -158,9 +159,7 @@ def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(config.run_folder, ignore_errors=True)
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    partial = config.run_folder / PARTIAL_CONFIG_FILE
-    partial.write_text(dump_recipe(config))
-    partial.replace(config.run_folder / CONFIG_FILE)
+    write_text_whole(config.run_folder / CONFIG_FILE, dump_recipe(config))
 
 
 def build_loop(

@@ -75,18 +75,6 @@ def tiny_blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """Megatron's groups of a single process, as code outside training needs them."""
-    from pretrain import cpu_redirects
-
-    cpu_redirects.apply()
-    from pretrain.parallel import parallel_context
-
-    with parallel_context(tensor_parallel_size=1, seed=0):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _loopback_only() -> Iterator[None]:
     """Sockets reach this machine and nothing else."""
