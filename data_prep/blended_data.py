@@ -13,10 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
 from data_prep.indexed_shards import FORMAT_VERSION, check_pair
-from data_prep.output_files import read_json_object
+from data_prep.output_files import read_json_object, read_sealed_json
 
 BLEND_FILE = "blend.json"
 TOKENIZER_FOLDER = "tokenizer"
+REMEDY = "run data_prep/blend.py (with --resume if it was interrupted)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class BlendedShard:
     documents: int
     tokens: int
     bin_bytes: int
-    bin_sha256: str
-    idx_sha256: str
+    bin_xxh3_128: str
+    idx_xxh3_128: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class BlendTokenizer:
     eos_id: int
     path: str
     """Where the tokenizer was when the blend was made; its files are copied into the blend's folder."""
+    files: dict[str, str]
+    """Checksum (xxh3, 128 bits) of each copied file, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class TrainShards:
 
 @dataclass(frozen=True, kw_only=True)
 class BlendManifest:
-    """The content of blend.json."""
+    """The content of blend.json, which carries a checksum of its own bytes besides."""
 
     format_version: int
     seed: int
@@ -106,20 +109,19 @@ class BlendedData:
 def read_blend_manifest(folder: Path) -> BlendManifest:
     """Read a blend's manifest. Raises UserError when the folder is no finished blend."""
     path = folder / BLEND_FILE
-    remedy = "run data_prep/blend.py (with --resume if it was interrupted)"
     if not path.is_file():
-        raise UserError(f"{folder} is not a finished blend: it has no {BLEND_FILE}; {remedy}")
-    content = read_json_object(path, remedy)
+        raise UserError(f"{folder} is not a finished blend: it has no {BLEND_FILE}; {REMEDY}")
+    content = read_json_object(path, REMEDY)  # its version first: an older one has no seal
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {content.get('format_version')}, not {FORMAT_VERSION}; {remedy}"
+            f"{path}: format version {content.get('format_version')}, not {FORMAT_VERSION}; {REMEDY}"
         )
     try:
-        return TypeAdapter(BlendManifest).validate_python(content)
+        return TypeAdapter(BlendManifest).validate_python(read_sealed_json(path, REMEDY))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg']}; {remedy}") from error
+        raise UserError(f"{path}: {place}: {first['msg']}; {REMEDY}") from error
 
 
 def open_blend(folder: str | Path) -> BlendedData:

@@ -1,23 +1,54 @@
-"""One way to fail for every command of the project.
+"""One way to fail for every command of the project: one line on stderr, and an exit code that says what kind.
 
-A mistake of the user's ends in one line on stderr that names the thing and the remedy, and exit code 2; any
-other exception keeps its traceback, since it is a mistake of ours.
+    2  a setting, file or folder that the user gave cannot be used (UserError)
+    3  an input file or row is damaged or not in its format (InputDataError)
+    4  the file system took no more: a full disk, a quota, read-only, failing
+    5  two things that must agree do not: a checksum, or two tokenizers on one text (IntegrityError)
+
+Any other exception keeps its traceback, since it is a mistake of ours.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
+STORAGE_EXIT_CODE = 4
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 class UserError(ValueError):
     """Bad input: the message is one clear line naming the file, field or flag, and what to do about it."""
 
+    exit_code = USER_ERROR_EXIT_CODE
+
+
+class InputDataError(UserError):
+    """A file or row of a corpus that cannot be read; `--on-error skip` counts these instead of stopping."""
+
+    exit_code = 3
+
+
+class IntegrityError(UserError):
+    """Something is not what its checksum or its reference says."""
+
+    exit_code = 5
+
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point; turn a `UserError` into one line on stderr and exit code 2."""
+    """Run an entry point; turn a `UserError`, or a full disk, into one line on stderr and its exit code."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        where = error.filename or "the output folder"
+        print(
+            f"error: {where}: {error.strerror}; make room, then run the same command again "
+            "(with --resume where it has one)",
+            file=sys.stderr,
+        )
+        sys.exit(STORAGE_EXIT_CODE)

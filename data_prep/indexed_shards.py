@@ -1,31 +1,28 @@
 """Megatron's indexed token files (`<prefix>.bin` and `<prefix>.idx`): write them whole, read and check them.
 
 Megatron's own builder keeps a Python list entry a document and writes in place; here the index costs 4
-bytes a document while writing, files appear only when they are complete, and their checksums are taken on
-the way.
+bytes a document while writing, files appear only when they are complete, and their checksums (xxh3, 128 bits)
+are taken on the way.
 
 Layout of an .idx file, little-endian: magic (9 bytes), version 1 (u64), dtype code (u8), sequences N (u64),
 documents plus one (u64), N lengths in tokens (i32), N byte offsets into the .bin (i64), N + 1 document
 boundaries (i64). Here every document is one sequence, its tokens followed by EOS.
 """
 
-import hashlib
 import struct
 from array import array
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import xxhash
 
 from data_prep.errors import UserError
-from data_prep.output_files import partial_path, publish_file, read_json_object, write_json_whole
+from data_prep.output_files import partial_path, publish_file
 
-FORMAT_VERSION = 1
-UNITS_FILE = (
-    "units.json"  # beside a source's shards: all its units by split, so that a blend sees what is missing
-)
+FORMAT_VERSION = 2
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 INDEX_VERSION = 1
@@ -63,8 +60,8 @@ class ShardSummary:
     tokens: int
     """Tokens, the EOS of every document included."""
     bin_bytes: int
-    bin_sha256: str
-    idx_sha256: str
+    bin_xxh3_128: str
+    idx_xxh3_128: str
 
 
 class ShardWriter:
@@ -78,11 +75,11 @@ class ShardWriter:
         self._dtype = dtype
         self._lengths_tokens = array("i")
         self._tokens = 0
-        self._hash = hashlib.sha256()
+        self._hash = xxhash.xxh3_128()
 
     def __enter__(self) -> Self:
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = partial_path(bin_path(self._prefix)).open("wb")
+        self._stream = partial_path(bin_path(self._prefix)).open("wb", buffering=0)
         return self
 
     def __exit__(
@@ -94,32 +91,42 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document; its tokens end in EOS and have the shard's dtype."""
-        assert tokens.dtype == self._dtype, f"a document of {tokens.dtype} in a shard of {self._dtype}"
-        data = tokens.tobytes()
-        self._stream.write(data)
+        self.add_documents(tokens, np.array([len(tokens)], dtype=np.int32))
+
+    def add_documents(self, tokens: np.ndarray, lengths_tokens: np.ndarray) -> None:
+        """Append documents that lie one after another in `tokens`, each ending in EOS.
+
+        Args:
+            tokens: [sum of lengths] in the shard's dtype.
+            lengths_tokens: [documents] int32.
+        """
+        assert tokens.dtype == self._dtype, f"documents of {tokens.dtype} in a shard of {self._dtype}"
+        data = np.ascontiguousarray(tokens).view(np.uint8).data
         self._hash.update(data)
-        self._lengths_tokens.append(len(tokens))
+        while data:  # an unbuffered stream may take less than it is given
+            data = data[self._stream.write(data) :]
+        self._lengths_tokens.frombytes(lengths_tokens.astype(np.int32, copy=False).tobytes())
         self._tokens += len(tokens)
 
     def publish(self) -> ShardSummary:
         """Write the index, make both files durable, give them their names and say what they hold."""
         self._stream.close()
-        idx_sha256 = self._write_index()
+        idx_xxh3_128 = self._write_index()
         publish_file(bin_path(self._prefix))
         publish_file(idx_path(self._prefix))
         return ShardSummary(
             documents=len(self._lengths_tokens),
             tokens=self._tokens,
             bin_bytes=self._tokens * self._dtype.itemsize,
-            bin_sha256=self._hash.hexdigest(),
-            idx_sha256=idx_sha256,
+            bin_xxh3_128=self._hash.hexdigest(),
+            idx_xxh3_128=idx_xxh3_128,
         )
 
     def _write_index(self) -> str:
         """Write the index in pieces, so that offsets and boundaries never stand in memory whole."""
         lengths = np.frombuffer(self._lengths_tokens, dtype=np.int32)
         code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self._dtype)
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         with partial_path(idx_path(self._prefix)).open("wb") as stream:
 
             def write(data: bytes) -> None:
@@ -210,49 +217,3 @@ def read_index(prefix: Path) -> ShardIndex:
     with idx_path(prefix).open("rb") as stream:
         stream.seek(HEADER.size)
         return ShardIndex(dtype=dtype, lengths_tokens=np.fromfile(stream, dtype=np.int32, count=documents))
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitManifest:
-    """What one tokenized input file became in one split; lies next to the shard as `<unit>.json`."""
-
-    format_version: int
-    source: str
-    split: str
-    unit: str
-    source_file: str
-    """Path under the source's folder."""
-    source_bytes: int
-    """Size of that file; a file of another size is another file."""
-    held_out_fraction: float
-    """Share of the documents that goes to validation by hash; 0 where the source has its own split."""
-    documents: int
-    tokens: int
-    text_bytes: int
-    """UTF-8 bytes of the documents."""
-    dropped: dict[str, int]
-    """Rows left out, by reason; counted in the file's train manifest where it feeds both splits."""
-    bin_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-    tokenizer_fingerprint: str
-    vocab_size: int
-    eos_id: int
-
-    def write(self, prefix: Path) -> None:
-        """Write the manifest, after the shard's files have their names."""
-        write_json_whole(manifest_path(prefix), asdict(self))
-
-
-def read_unit_manifest(path: Path) -> UnitManifest:
-    """Read a manifest. Raises UserError when it is unreadable or of another format version."""
-    remedy = "tokenize the source again with --overwrite"
-    content = read_json_object(path, remedy)
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {content.get('format_version')}, not {FORMAT_VERSION}; {remedy}"
-        )
-    missing = {field.name for field in fields(UnitManifest)} - content.keys()
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; {remedy}")
-    return UnitManifest(**{field.name: content[field.name] for field in fields(UnitManifest)})  # type: ignore[arg-type]

@@ -7,13 +7,19 @@ systems.
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.errors import UserError
+import xxhash
+
+from data_prep.errors import IntegrityError, UserError
 
 PARTIAL_SUFFIX = ".partial"
+CHECKSUM_FIELD = "file_xxh3_128"
+NO_CHECKSUM = "0" * 32  # stands in the checksum's place while it is computed
+HASH_READ_BYTES = 1 << 22
 
 
 def partial_path(path: Path) -> Path:
@@ -23,15 +29,27 @@ def partial_path(path: Path) -> Path:
 
 def publish_file(path: Path) -> None:
     """Give a finished `<path>.partial` its final name, after its bytes have reached the disk."""
-    with partial_path(path).open("rb") as stream:
+    _publish(partial_path(path), path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
-    partial_path(path).replace(path)
+    temporary.replace(path)
 
 
 def write_text_whole(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees all of it or none."""
-    partial_path(path).write_text(text, encoding="utf-8")
-    publish_file(path)
+    _write_whole(path, text, partial_path(path))
+
+
+def _write_whole(path: Path, text: str, temporary: Path) -> None:
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # what a full disk left of it
+        raise
 
 
 def write_json_whole(path: Path, content: object) -> None:
@@ -48,6 +66,63 @@ def read_json_object(path: Path, remedy: str) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object; {remedy}")
     return content
+
+
+def write_sealed_json(path: Path, content: dict[str, object]) -> None:
+    """Write a JSON object that carries the checksum of its own bytes, whole or not at all."""
+    write_text_whole(path, _sealed_text(content))
+
+
+def write_shared_json(path: Path, content: dict[str, object]) -> None:
+    """Like `write_sealed_json`, for a file that several processes write at once, all with the same content."""
+    text = _sealed_text(content)
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        _write_whole(path, text, own)
+    except FileNotFoundError:
+        if not path.is_file():  # else another process has just written the same, and tidied up
+            raise
+
+
+def _sealed_text(content: dict[str, object]) -> str:
+    text = json.dumps({**content, CHECKSUM_FIELD: NO_CHECKSUM}, indent=2, ensure_ascii=False) + "\n"
+    return text.replace(NO_CHECKSUM, _text_checksum(text))
+
+
+def read_sealed_json(path: Path, remedy: str) -> dict[str, object]:
+    """Read what `write_sealed_json` wrote, without the checksum.
+
+    Raises:
+        UserError: the file cannot be read, or is no JSON object.
+        IntegrityError: a byte of it is not what was written.
+    """
+    content = read_json_object(path, remedy)
+    checksum = content.pop(CHECKSUM_FIELD, None)
+    if checksum is None:
+        raise IntegrityError(
+            f"{path}: carries no checksum, so another version wrote it, or it was changed; {remedy}"
+        )
+    text = path.read_bytes().decode()  # read_text would take a damaged end of line for a whole one
+    if not isinstance(checksum, str) or _text_checksum(text.replace(checksum, NO_CHECKSUM)) != checksum:
+        raise IntegrityError(f"{path}: was changed after it was written; {remedy}")
+    return content
+
+
+def _text_checksum(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def file_checksum(path: Path) -> str:
+    """Checksum (xxh3, 128 bits: at the speed of memory; finds damage, not malice) of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as stream:
+        buffer = bytearray(HASH_READ_BYTES)
+        view = memoryview(buffer)
+        while count := stream.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """Tokenize units in parallel processes, under one progress bar."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import SynchronizedArray
@@ -10,11 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.errors import UserError
-from data_prep.indexed_shards import UnitManifest
-from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
-from data_prep.tokenize_unit import Unit, tokenize_unit
+from data_prep.tokenize_unit import Unit, UnitOptions, UnitTokenizer
+from data_prep.unit_manifest import UnitManifest
 
 PROGRESS_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class ProgressBar:
@@ -39,19 +43,34 @@ class ProgressBar:
         self._bar.update(int(input_bytes) - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 
-_worker_tokenizer: TextTokenizer
+def use_one_thread() -> None:
+    """Keep the tokenizers' libraries to this thread: parallelism is --workers, a file each."""
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
+
+
+def die_with_parent(parent: int) -> None:
+    """Let Linux kill this process when its parent dies, so that none goes on writing beside a resumed run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request
+        os._exit(1)
+
+
+_worker_tokenizer: UnitTokenizer
 _worker_counts: SynchronizedArray
 
 
-def start_worker(tokenizer_path: Path, counts: SynchronizedArray) -> None:
+def start_worker(parent: int, tokenizer_path: Path, options: UnitOptions, counts: SynchronizedArray) -> None:
     """Set up a worker process: its own tokenizer on one core, and the counters that all workers share."""
     global _worker_tokenizer, _worker_counts
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the workers
+    use_one_thread()
+    _worker_tokenizer = UnitTokenizer(tokenizer_path, options)
     _worker_counts = counts
 
 
@@ -63,33 +82,48 @@ def work_on(unit: Unit) -> list[UnitManifest]:
             for index, amount in enumerate(amounts):
                 _worker_counts[index] += amount
 
-    return tokenize_unit(unit, _worker_tokenizer, report)
+    return _worker_tokenizer.tokenize(unit, report)
 
 
 def run_in_processes(
-    units: list[Unit], tokenizer_path: Path, workers: int, bar: ProgressBar
-) -> list[UnitManifest]:
+    units: list[Unit],
+    tokenizer_path: Path,
+    options: UnitOptions,
+    workers: int,
+    bar: ProgressBar,
+    take: Callable[[list[UnitManifest]], None],
+) -> None:
     """Tokenize units in parallel; the first error stops the rest.
+
+    Args:
+        units: the work.
+        tokenizer_path, options: what each worker opens.
+        workers: processes.
+        bar: shows the progress of all together.
+        take: is given the manifests of each finished unit.
 
     Raises:
         UserError: a bad input file, or a worker that was killed.
     """
     context = multiprocessing.get_context("spawn")  # forking a process with threads can lock up
     counts = context.Array("d", 3)
-    manifests: list[UnitManifest] = []
     largest_first = sorted(units, key=lambda unit: -unit.file.size_bytes)
-    with ProcessPoolExecutor(workers, context, start_worker, (tokenizer_path, counts)) as pool:
+    arguments = (os.getpid(), tokenizer_path, options, counts)
+    with ProcessPoolExecutor(workers, context, start_worker, arguments) as pool:
         pending = {pool.submit(work_on, unit) for unit in largest_first}
         try:
             while pending:
                 done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
-                    manifests += future.result()
+                    take(future.result())
                 bar.show(counts[0], int(counts[1]), int(counts[2]))
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker was killed (out of memory?); use fewer --workers, then --resume"
             ) from error
+        except BaseException:
+            for process in list(pool._processes.values()):  # no public way to stop work that has begun
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
-    return manifests

@@ -20,7 +20,8 @@ import tyro
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from data_prep.corpus_readers import SOURCES, find_files, read_batches
+from data_prep.corpus_readers import read_batches
+from data_prep.corpus_sources import SOURCES, find_files
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder, write_json_whole
 from data_prep.text_tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
@@ -64,9 +65,11 @@ def sample_texts(config: TrainTokenizerConfig) -> list[str]:
             f"--corpora {config.corpora} is not a folder; make it with data_prep/sample_corpus.py"
         )
     sample: list[str] = []
-    for source in SOURCES:
+    for source, source_format in SOURCES.items():
         files = [file for file in find_files(source, config.corpora / source) if file.split != "validation"]
-        texts = [text for file in files for batch in read_batches(source, file.path) for text in batch.texts]
+        texts = [
+            text for file in files for batch in read_batches(file, source_format) for text in batch.texts
+        ]
         random.Random(f"{config.seed} {source}").shuffle(texts)
         room_bytes = config.sample_mb_per_source * 1e6
         for text in texts:

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from data_prep.corpus_readers import SOURCES
+from data_prep.corpus_sources import SOURCES
 from data_prep.errors import UserError, run_cli
 from demo.progress import ProgressDisplay
 from demo.step_runner import RunInterruptedError, StepFailedError, run_steps

@@ -55,7 +55,7 @@ def tiny_blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenize_corpus(
             TokenizeConfig(
                 source=source,
-                input=corpora / source,
+                input=str(corpora / source),
                 tokenizer=tokenizer,
                 output=tokenized / source,
                 validation_fraction=0.2,

@@ -87,21 +87,30 @@ def test_every_config_field_is_read() -> None:
 
 
 def test_requirements_are_what_is_imported() -> None:
-    listed = _listed_requirements()
+    assert (ROOT / "requirements.txt").read_text().splitlines()[-1] == "-e ."
+    listed = _pins("requirements.txt")
     imported = set()
     for path in tracked_files(".py"):
         imported |= {name.split(".")[0] for name in rules.imported_modules((ROOT / path).read_text())}
     ours = {"tests"} | set(rules.LAYERS) | {path.stem for path in tracked_files(".py")}
-    third_party = imported - sys.stdlib_module_names - ours - GPU_ONLY
+    third_party = imported - sys.stdlib_module_names - ours - GPU_ONLY - _pins("requirements-bench.txt")
     needed = {REQUIREMENT_OF_MODULE.get(name, name) for name in third_party}
     assert needed - listed == set(), "imported, but not in requirements.txt"
     assert listed - needed - set(NOT_IMPORTED) == set(), "in requirements.txt, but imported nowhere"
 
 
-def _listed_requirements() -> set[str]:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert lines[-1] == "-e ."
-    pins = [line for line in lines[:-1] if line]
+def test_what_only_benchmarks_need_is_imported_only_there() -> None:
+    bench_only = _pins("requirements-bench.txt")
+    files = [path for path in tracked_files(".py") if path.parts[0] != "benchmarks"]
+    imports = {
+        name.split(".")[0] for path in files for name in rules.imported_modules((ROOT / path).read_text())
+    }
+    assert not imports & bench_only
+
+
+def _pins(name: str) -> set[str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pins = [line for line in lines if line and line != "-e ."]
     assert not [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9a-z.]+", pin)]
     return {pin.split("==")[0] for pin in pins}
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.blend import BlendConfig, blend
-from data_prep.corpus_readers import SOURCES, find_files, read_batches
+from data_prep.corpus_readers import read_batches
+from data_prep.corpus_sources import SOURCES, find_files
 from data_prep.sample_corpus import SampleCorpusConfig, make_corpora
 from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
 from data_prep.tokenize_corpus import TokenizeConfig, tokenize_corpus
@@ -45,8 +46,8 @@ def tokenized(corpora: Path, tokenizer_folder: Path) -> Path:
     for source in SOURCES:
         tokenize_corpus(
             TokenizeConfig(
-                source=source,  # type: ignore[arg-type]
-                input=corpora / source,
+                source=source,
+                input=str(corpora / source),
                 tokenizer=tokenizer_folder,
                 output=folder / source,
                 validation_fraction=0.1,
@@ -80,8 +81,8 @@ def sample_documents(corpora: Path) -> list[str]:
     """All documents of the four sources that are not dropped."""
     return [
         text
-        for source in SOURCES
+        for source, source_format in SOURCES.items()
         for file in find_files(source, corpora / source)
-        for batch in read_batches(source, file.path)
+        for batch in read_batches(file, source_format)
         for text in batch.texts
     ]

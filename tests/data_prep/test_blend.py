@@ -14,19 +14,42 @@ import yaml
 
 from data_prep.blend import COLA_WEIGHTS, BlendConfig, blend, parse_arguments, read_config
 from data_prep.blended_data import read_blend_manifest
-from data_prep.corpus_readers import SOURCES
 from data_prep.errors import UserError
-from data_prep.indexed_shards import ShardWriter, bin_path, read_unit_manifest
+from data_prep.indexed_shards import bin_path
+from data_prep.output_files import file_checksum, write_sealed_json
+from data_prep.unit_manifest import UNITS_FILE
 from tests.data_prep.folders import digest_of_files, documents_of, unit_prefixes
+from tests.data_prep.token_sources import Document, make_world, random_documents, write_source
 
-Document = tuple[int, ...]
 CONFIGS = Path(__file__).parents[2] / "configs"
+SCRIPT = Path(__file__).parents[2] / "data_prep" / "blend.py"
+
+
+@pytest.fixture(scope="module")
+def blend_config(tmp_path_factory: pytest.TempPathFactory) -> BlendConfig:
+    """Four sources of documents that are all different, in four shards with the published weights."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def blend_folder(blend_config: BlendConfig) -> Path:
+    """The blend, written by one process."""
+    assert blend(blend_config) is not None
+    return blend_config.output
+
+
+@pytest.fixture(scope="module")
+def tokenized(blend_config: BlendConfig) -> Path:
+    """The tokenized sources."""
+    return blend_config.tokenized
 
 
 @pytest.fixture(scope="module")
 def source_documents(tokenized: Path) -> dict[str, set[Document]]:
     """All train documents of each source."""
-    return {source: set(documents_of(*unit_prefixes(tokenized / source / "train"))) for source in SOURCES}
+    return {
+        source: set(documents_of(*unit_prefixes(tokenized / source / "train"))) for source in COLA_WEIGHTS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +76,16 @@ def test_realised_amounts(
     assert sum(shard.tokens for shard in manifest.train.shards) == sum(
         len(document) for shard in shards for document in shard
     )
+    assert manifest.tokenizer.files == {
+        "tokenizer.json": file_checksum(blend_config.tokenizer / "tokenizer.json")
+    }
+    for shard in (*manifest.train.shards, *manifest.validation.values()):
+        for ending, checksum in (("bin", shard.bin_xxh3_128), ("idx", shard.idx_xxh3_128)):
+            assert file_checksum(blend_folder / f"{shard.prefix}.{ending}") == checksum
     for name, source in manifest.sources.items():
         assert source.weight == pytest.approx(COLA_WEIGHTS[name])
         assert source.tokens_wanted == round(COLA_WEIGHTS[name] * blend_config.total_tokens)
+        assert abs(source.tokens_realised - source.tokens_wanted) <= 40  # half of the longest document
         assert source.epochs == source.tokens_realised / source.tokens_available
     assert sum(source.documents for source in manifest.sources.values()) == sum(map(len, shards))
     assert sum(source.tokens_realised for source in manifest.sources.values()) == sum(
@@ -68,7 +98,7 @@ def test_no_document_twice_and_none_of_validation(
 ) -> None:
     train = Counter(document for shard in shards for document in shard)
     assert max(train.values()) == 1
-    for source in SOURCES:
+    for source in COLA_WEIGHTS:
         validation = documents_of(*unit_prefixes(tokenized / source / "validation"))
         chosen = documents_of(blend_folder / "validation" / source)
         assert chosen
@@ -97,35 +127,63 @@ def test_whole_corpus_is_used_exactly_once(
     assert Counter(documents_of(*unit_prefixes(tmp_path / "twice/train"))) == Counter(everything * 2)
 
 
-def test_train_documents_that_stand_in_validation_are_left_out(
-    blend_config: BlendConfig, tokenized: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "tokenized"
-    shutil.copytree(tokenized, copy)
-    stolen = documents_of(*unit_prefixes(tokenized / "proof_pile_2/validation"))[:40]
-    prefix = unit_prefixes(copy / "wudao/train")[0]
-    manifest = read_unit_manifest(prefix.with_name(prefix.name + ".json"))
-    with ShardWriter(prefix, np.dtype(np.uint16)) as writer:
-        for document in stolen:
-            writer.add(np.array(document, dtype=np.uint16))
-        summary = writer.publish()
-    dataclasses.replace(manifest, **dataclasses.asdict(summary)).write(prefix)
-    tokens = sum(
-        manifest.tokens for manifest in map(read_unit_manifest, (copy / "wudao/train").glob("*.json"))
-    )
+@pytest.fixture
+def leaking(blend_config: BlendConfig, tmp_path: Path) -> tuple[BlendConfig, set[Document]]:
+    """A blend of two sources, one of which has all of the other's validation documents in its train units."""
+    stolen = documents_of(*unit_prefixes(blend_config.tokenized / "proof_pile_2/validation"))
+    own = random_documents(7, [40] * 100)
+    mixed = [document for pair in zip(stolen, own * 2, strict=True) for document in pair]
+    shutil.copytree(blend_config.tokenized / "proof_pile_2", tmp_path / "tokenized/proof_pile_2")
+    held_out = {"v": random_documents(8, [30] * 9)}
+    write_source(tmp_path / "tokenized", "own", blend_config.tokenizer, {"u": mixed}, held_out)
+    tokens = 2 * sum(map(len, mixed))
     config = dataclasses.replace(
         blend_config,
-        tokenized=copy,
+        tokenized=tmp_path / "tokenized",
         output=tmp_path / "blend",
-        weights={"wudao": 0.5, "proof_pile_2": 0.5},
-        total_tokens=2 * tokens,
-        validation_tokens=10**9,
+        weights={"own": 0.5, "proof_pile_2": 0.5},
+        total_tokens=tokens,
+        shard_tokens=tokens // 3,
+        validation_tokens=100,  # far fewer than there are: what is not chosen must not be trained on either
         allow_repeats=True,
     )
+    return config, set(stolen)
+
+
+def leaked(config: BlendConfig, stolen: set[Document]) -> set[Document]:
+    return stolen & set(documents_of(*unit_prefixes(config.output / "train")))
+
+
+@pytest.mark.parametrize("segment_tokens", [1, 500, 10**6])
+def test_train_documents_that_stand_in_validation_are_left_out(
+    leaking: tuple[BlendConfig, set[Document]], monkeypatch: pytest.MonkeyPatch, segment_tokens: int
+) -> None:
+    config, stolen = leaking
+    monkeypatch.setattr("data_prep.blending.writer.SEGMENT_BYTES", 2 * segment_tokens)
     result = blend(config)
     assert result is not None
     assert result.left_out == {"in_validation": len(stolen)}
-    assert set(documents_of(*unit_prefixes(tmp_path / "blend/train"))).isdisjoint(stolen)
+    assert leaked(config, stolen) == set()
+    records = [json.loads(path.read_text()) for path in sorted((config.output / "train").glob("*.json"))]
+    assert sum(record["left_out"]["in_validation"] for record in records) == len(stolen)
+    written = Counter(documents_of(*unit_prefixes(config.output / "train")))
+    own = set(documents_of(config.tokenized / "own/train/u")) - stolen
+    assert {written[document] for document in own} == {2}  # 100 documents that stand in the unit twice
+    assert sum(record["shard"]["tokens"] for record in records) == sum(
+        len(document) * count for document, count in written.items()
+    )
+
+
+def test_without_the_check_the_leak_is_there(
+    leaking: tuple[BlendConfig, set[Document]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stolen = leaking
+    monkeypatch.setattr(
+        "data_prep.blending.leaks.ValidationDocuments.contain",
+        lambda documents, tokens, lengths: np.zeros(len(lengths), bool),
+    )
+    blend(config)
+    assert leaked(config, stolen) == stolen
 
 
 def test_same_plan_same_bytes_other_seed_other_order(
@@ -140,48 +198,13 @@ def test_same_plan_same_bytes_other_seed_other_order(
     assert other != first
 
 
-def test_resume_after_an_interruption_gives_the_same_bytes(
-    blend_config: BlendConfig, blend_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dataclasses.replace(blend_config, output=tmp_path / "blend")
-    plain_add, calls = ShardWriter.add, 0
-
-    def add_until_interrupted(writer: ShardWriter, tokens: np.ndarray) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 150:
-            raise KeyboardInterrupt
-        plain_add(writer, tokens)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "add", add_until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            blend(config)
-    names = {path.name for path in config.output.rglob("*")}
-    assert "blend.json" not in names
-    assert not [name for name in names if name.endswith(".partial")]
-    assert 0 < len(list(config.output.rglob("*.bin"))) < 8
-    with pytest.raises(UserError, match="--resume"):
-        blend(config)
-    with pytest.raises(UserError, match=r"other settings.*--overwrite"):
-        blend(dataclasses.replace(config, seed=1, resume=True))
-    blend(dataclasses.replace(config, resume=True))
-    assert digest_of_files(config.output) == digest_of_files(blend_folder)
-    damaged = bin_path(config.output / "train/shard_00001")
-    damaged.write_bytes(damaged.read_bytes()[:-2])
-    blend(dataclasses.replace(config, resume=True))
-    assert digest_of_files(config.output) == digest_of_files(blend_folder)
-    blend(dataclasses.replace(config, overwrite=True, weights={"wudao": 1.0}, total_tokens=20_000))
-    assert {path.name for path in (config.output / "validation").glob("*.bin")} == {"wudao.bin"}
-
-
 def test_plan_only_writes_nothing(
     blend_config: BlendConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert blend(dataclasses.replace(blend_config, output=tmp_path / "blend", plan_only=True)) is None
     assert list(tmp_path.iterdir()) == []
     table = capsys.readouterr().out
-    assert all(source in table for source in SOURCES)
+    assert all(source in table for source in COLA_WEIGHTS)
 
 
 def test_sources_that_do_not_fit_are_refused(
@@ -198,20 +221,23 @@ def test_sources_that_do_not_fit_are_refused(
 
     path = next((copy / "starcoder/train").glob("*.json"))
     original = path.read_text()
-    path.write_text(json.dumps({**json.loads(original), "tokenizer_fingerprint": "another"}))
+    content = json.loads(original)
+    write_sealed_json(path, {**content, "tokenizer_fingerprint": "another"})
     refused(r"\.json: made with another tokenizer.*tokenize starcoder again")
-    path.write_text(json.dumps({**json.loads(original), "format_version": 99}))
+    write_sealed_json(path, {**content, "format_version": 99})
     refused("format version 99")
-    path.write_text("{}")
+    write_sealed_json(path, {})
     refused("format version None")
-    path.write_text(json.dumps({**json.loads(original), "tokens": 1}))
+    path.write_text(json.dumps({**content, "tokens": 1}))
+    refused("was changed after it was written")
+    write_sealed_json(path, {**content, "tokens": content["tokens"] + 1})
     refused("does not hold what its manifest says")
     path.unlink()
     refused("is not finished; run data_prep/tokenize_corpus.py --source starcoder.*--resume")
     path.write_text(original)
     bin_path(path.with_suffix("")).write_bytes(b"")
     refused(r"\.bin has 0 bytes")
-    (copy / "starcoder/units.json").write_text((copy / "wudao/units.json").read_text())
+    (copy / "starcoder" / UNITS_FILE).write_text((copy / "wudao" / UNITS_FILE).read_text())
     refused("is of source wudao, not starcoder")
     shutil.rmtree(copy / "starcoder")
     refused(r"starcoder holds no tokenized corpus; run data_prep/tokenize_corpus\.py --source starcoder")
@@ -296,10 +322,9 @@ def test_shipped_recipes_have_the_published_weights() -> None:
 
 
 def test_command_line_ends_in_one_line(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "data_prep" / "blend.py"
     arguments = ["--tokenizer", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
     result = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: --tokenizer")

@@ -8,10 +8,25 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from data_prep.blend import BlendConfig
-from data_prep.blended_data import open_blend
-from data_prep.errors import UserError
-from data_prep.text_tokenizer import TextTokenizer, load_tokenizer
+from data_prep.blend import BlendConfig, blend
+from data_prep.blended_data import open_blend, read_blend_manifest
+from data_prep.errors import IntegrityError, UserError
+from data_prep.output_files import write_sealed_json
+from data_prep.text_tokenizer import load_tokenizer
+from tests.data_prep.token_sources import make_world
+
+
+@pytest.fixture(scope="module")
+def blend_config(tmp_path_factory: pytest.TempPathFactory) -> BlendConfig:
+    """Four small sources in four shards."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def blend_folder(blend_config: BlendConfig) -> Path:
+    """The blend, written."""
+    blend(blend_config)
+    return blend_config.output
 
 
 @pytest.fixture
@@ -21,7 +36,8 @@ def copy(blend_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "blend"
 
 
-def test_open_blend(blend_folder: Path, blend_config: BlendConfig, tokenizer: TextTokenizer) -> None:
+def test_open_blend(blend_folder: Path, blend_config: BlendConfig) -> None:
+    tokenizer = load_tokenizer(blend_config.tokenizer)
     data = open_blend(blend_folder)
     assert data.train_prefixes == [str(blend_folder / f"train/shard_{number:05d}") for number in range(4)]
     assert data.validation_prefixes == {
@@ -92,6 +108,15 @@ def test_a_swapped_pair_is_refused(copy: Path) -> None:
         open_blend(copy)
 
 
+def test_a_changed_list_is_refused(copy: Path) -> None:
+    text = (copy / "blend.json").read_text()
+    (copy / "blend.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(IntegrityError, match=r"blend\.json: was changed after it was written"):
+        read_blend_manifest(copy)
+    (copy / "blend.json").write_text(text)
+    assert read_blend_manifest(copy).seed == 0
+
+
 def test_missing_parts_are_named(copy: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(UserError, match="tokenizer is missing"):
@@ -100,10 +125,10 @@ def test_missing_parts_are_named(copy: Path) -> None:
     with pytest.raises(UserError, match=r"wudao\.bin is missing"):
         open_blend(copy)
     content = json.loads((copy / "blend.json").read_text())
-    (copy / "blend.json").write_text(json.dumps({**content, "format_version": 2}))
-    with pytest.raises(UserError, match="format version 2, not 1"):
+    (copy / "blend.json").write_text(json.dumps({**content, "format_version": 1}))
+    with pytest.raises(UserError, match="format version 1, not 2"):
         open_blend(copy)
-    (copy / "blend.json").write_text(json.dumps({**content, "train": {}}))
+    write_sealed_json(copy / "blend.json", {**content, "train": {}})
     with pytest.raises(UserError, match=r"train\.shards: Field required"):
         open_blend(copy)
     (copy / "blend.json").unlink()

@@ -1,6 +1,7 @@
 """Tokenizing a source: what the shards hold, the same bytes from any number of workers, resume, bad input."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,21 +12,26 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.corpus_readers import SOURCES, find_files, read_batches
+from data_prep.corpus_readers import read_batches
+from data_prep.corpus_sources import SOURCES, CorpusFile, SourceFormat, find_files
 from data_prep.errors import UserError
-from data_prep.indexed_shards import read_unit_manifest
+from data_prep.readers.row_batch import RowErrors
 from data_prep.text_tokenizer import TextTokenizer
 from data_prep.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from data_prep.tokenize_unit import is_held_out
+from data_prep.unit_manifest import read_unit_manifest
 from tests.data_prep.folders import digest_of_files, documents_of, unit_prefixes
+
+GOLDEN_SHA256 = "a6f258cfce0e0b088dbaa38d396141e7c2b5816c79e6e960f7a2203d71a2f6c7"
 
 
 @pytest.fixture
 def config(corpora: Path, tokenizer_folder: Path, tmp_path: Path) -> TokenizeConfig:
     return TokenizeConfig(
         source="wudao",
-        input=corpora / "wudao",
+        input=str(corpora / "wudao"),
         tokenizer=tokenizer_folder,
         output=tmp_path / "wudao",
         validation_fraction=0.1,
@@ -39,7 +45,7 @@ def test_every_document_is_there_once_without_bos_and_with_eos(
     texts = [
         text
         for file in find_files(source, corpora / source)
-        for batch in read_batches(source, file.path)
+        for batch in read_batches(file, SOURCES[source])
         for text in batch.texts
     ]
     documents = documents_of(*unit_prefixes(tokenized / source / "train")) + documents_of(
@@ -54,7 +60,7 @@ def test_manifests_count_what_is_there_and_what_was_dropped(corpora: Path, token
     assert {manifest.split for manifest in manifests} == {"train", "validation"}
     wanted: Counter[str] = Counter()
     for file in find_files("slimpajama", corpora / "slimpajama"):
-        for batch in read_batches("slimpajama", file.path):
+        for batch in read_batches(file, SOURCES["slimpajama"]):
             wanted += batch.dropped
     assert wanted["RedPajamaGithub"] > 0
     assert sum((Counter(manifest.dropped) for manifest in manifests), Counter()) == wanted
@@ -62,7 +68,7 @@ def test_manifests_count_what_is_there_and_what_was_dropped(corpora: Path, token
         documents_of(*unit_prefixes(tokenized / "slimpajama/train"))
     ) + len(documents_of(*unit_prefixes(tokenized / "slimpajama/validation")))
     assert all(
-        manifest.held_out_fraction == 0 for manifest in manifests
+        manifest.settings["held_out_fraction"] == 0 for manifest in manifests
     )  # it has a validation split of its own
 
 
@@ -82,9 +88,9 @@ def test_two_workers_write_the_same_bytes(config: TokenizeConfig, tokenized: Pat
 def test_resume_after_an_interruption_gives_the_same_bytes(
     config: TokenizeConfig, tokenized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(source: str, path: Path):  # type: ignore[no-untyped-def]
-        yield from read_batches(source, path)
-        if "00001-of" in path.name:
+    def interrupted(file: CorpusFile, source: SourceFormat, errors: RowErrors):  # type: ignore[no-untyped-def]
+        yield from read_batches(file, source, errors)
+        if "00001-of" in file.path.name:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -142,7 +148,7 @@ def test_a_bad_file_leaves_nothing_of_its_unit(
     shutil.copytree(corpora / "wudao", corpus)
     pq.write_table(pa.table({"text": ["x"]}), corpus / "train-00002-of-00003.parquet")
     with pytest.raises(UserError, match="has no column 'content'"):
-        tokenize_corpus(dataclasses.replace(config, input=corpus, workers=workers))
+        tokenize_corpus(dataclasses.replace(config, input=str(corpus), workers=workers))
     assert not [
         path for path in config.output.rglob("*") if "00002-of" in path.name or path.suffix == ".partial"
     ]
@@ -150,14 +156,14 @@ def test_a_bad_file_leaves_nothing_of_its_unit(
         path.unlink()
     shutil.rmtree(config.output)
     with pytest.raises(UserError, match="has no column 'content'"):
-        tokenize_corpus(dataclasses.replace(config, input=corpus))
+        tokenize_corpus(dataclasses.replace(config, input=str(corpus)))
     assert not config.output.exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": Path("nowhere")}, "--input nowhere is not a folder"),
+        ({"input": "nowhere"}, "--input nowhere is not a folder"),
         ({"tokenizer": Path("nowhere")}, "--tokenizer nowhere does not exist"),
         ({"source": "slimpajama"}, r"holds no \*\.jsonl\.zst file"),
         ({"workers": 0}, "--workers 0"),
@@ -177,7 +183,7 @@ def test_resume_and_overwrite_exclude_each_other(config: TokenizeConfig) -> None
 
 def test_validation_share_by_default_depends_on_the_size(config: TokenizeConfig) -> None:
     manifests = tokenize_corpus(dataclasses.replace(config, validation_fraction=None))
-    assert {manifest.held_out_fraction for manifest in manifests} == {0.04}
+    assert {manifest.settings["held_out_fraction"] for manifest in manifests} == {0.04}
 
 
 def test_command_line_ends_in_one_line(tmp_path: Path) -> None:
@@ -198,3 +204,27 @@ def test_command_line_ends_in_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: --input nowhere is not a folder")
     assert result.stderr.count("\n") == 1
+
+
+def test_golden_bytes_of_the_sample(corpora: Path, tmp_path: Path) -> None:
+    # Two sources whose sample is the generators' alone, and a tokenizer of 256 bytes: written down once.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: index for index, sign in enumerate([*alphabet, "<|end_of_text|>"])}
+    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    (tmp_path / "tokenizer").mkdir()
+    bytes_only.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    digest = hashlib.sha256()
+    for source in ("proof_pile_2", "wudao"):
+        tokenize_corpus(
+            TokenizeConfig(
+                source=source,
+                input=str(corpora / source),
+                tokenizer=tmp_path / "tokenizer",
+                output=tmp_path / source,
+            )
+        )
+        for path in sorted((tmp_path / source).rglob("*")):
+            if path.suffix in (".bin", ".idx"):
+                digest.update(path.read_bytes())
+    assert digest.hexdigest() == GOLDEN_SHA256

@@ -23,6 +23,7 @@ from data_prep.blended_data import (
     TrainShards,
 )
 from data_prep.indexed_shards import FORMAT_VERSION, ShardWriter, token_dtype
+from data_prep.output_files import write_sealed_json
 from data_prep.text_tokenizer import load_tokenizer
 from tests.checkpoint_tools.random_cola import random_cola
 
@@ -87,7 +88,11 @@ def write_blend(folder: Path, tokenizer_folder: Path) -> None:
         seed=0,
         plan_fingerprint="",
         tokenizer=BlendTokenizer(
-            fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eos_id=EOS_ID, path=""
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=EOS_ID,
+            path="",
+            files={},
         ),
         sources={
             source: BlendedSource(
@@ -100,7 +105,7 @@ def write_blend(folder: Path, tokenizer_folder: Path) -> None:
         left_out={},
     )
     shutil.copytree(tokenizer_folder, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "blend.json").write_text(json.dumps(asdict(manifest)))
+    write_sealed_json(folder / "blend.json", asdict(manifest))
 
 
 def write_metrics(path: Path, stage: str) -> None:

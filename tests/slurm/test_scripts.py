@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpus_readers import SOURCES
+from data_prep.corpus_sources import SOURCES
 from tests.repository_rules import ROOT, tracked_files
 
 STAND_INS = {
@@ -60,17 +60,21 @@ def test_training_starts_torchrun_on_each_node(tmp_path: Path, stage: str) -> No
     ]
 
 
-def test_data_preparation_tokenizes_each_source_then_blends(tmp_path: Path) -> None:
-    job = _run_job(
-        tmp_path, "prepare_data.sh", "--output", AWKWARD, CORPORA="/corpora", SLURM_CPUS_PER_TASK="7"
-    )
+def test_tokenizing_takes_each_source(tmp_path: Path) -> None:
+    flags = ("--decontaminate", AWKWARD)
+    job = _run_job(tmp_path, "tokenize.sh", *flags, CORPORA="/corpora", SLURM_CPUS_PER_TASK="7")
     assert job.returncode == 0, job.stderr
-    *tokenize, blend = job.stdout.split("data_prep/")[1:]
-    inputs = [text.split("--input\n")[1].split("\n")[0] for text in tokenize]
+    calls = job.stdout.split("data_prep/tokenize_corpus.py")[1:]
+    inputs = [text.split("--input\n")[1].split("\n")[0] for text in calls]
     assert inputs == [f"/corpora/{source}" for source in SOURCES]
-    assert all("--workers\n7\n--resume" in text for text in tokenize)
-    assert blend.startswith("blend.py\n")
-    assert blend.endswith(f"--resume\n--output\n{AWKWARD}\n")
+    assert all(text.endswith(f"--workers\n7\n--resume\n--decontaminate\n{AWKWARD}\n") for text in calls)
+
+
+def test_blending_passes_flags_on(tmp_path: Path) -> None:
+    job = _run_job(tmp_path, "blend.sh", "--output", AWKWARD)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.startswith("data_prep/blend.py\n--config\nconfigs/blend_200g.yaml\n")
+    assert job.stdout.endswith(f"--resume\n--output\n{AWKWARD}\n")
 
 
 def test_the_environment_wins_over_the_site_file(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Plan and write a blend: which document goes where, and how it gets there."""

@@ -1,0 +1,1 @@
+"""Stream the texts of one file, a format each, in memory that does not grow with the file."""
