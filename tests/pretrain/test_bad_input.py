@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.output_files import write_sealed_json
 from pretrain.recipes import dump_recipe
 from tests.pretrain.tiny_runs import tiny_recipe, train_in_process
 
@@ -97,7 +98,7 @@ def test_data_of_another_tokenizer(tmp_path: Path, tiny_blend: Path, base_run: P
     shutil.copytree(tiny_blend, other)
     manifest = json.loads((other / "blend.json").read_text())
     manifest["tokenizer"]["fingerprint"] = "0" * 64
-    (other / "blend.json").write_text(json.dumps(manifest))
+    write_sealed_json(other / "blend.json", manifest)
     refuse(tmp_path / "run", r"made with another tokenizer", "idm", tmp_path / "run", other, base_run)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.output_files import write_sealed_json
 from pretrain.checkpointing import find_checkpoints, read_description
 from tests.pretrain.tiny_runs import STARTS, metrics, tiny_recipe, train_in_process
 
@@ -103,7 +104,7 @@ def test_resume_refuses_other_shards(runs: Path, tiny_blend: Path, tmp_path: Pat
     other = tmp_path / "blend"
     shutil.copytree(tiny_blend, other)
     manifest = json.loads((other / "blend.json").read_text())
-    (other / "blend.json").write_text(json.dumps(manifest | {"plan_fingerprint": "0" * 64}))
+    write_sealed_json(other / "blend.json", manifest | {"plan_fingerprint": "0" * 64})
     recipe = tiny_recipe("base", runs / "base" / "straight", other, training={"steps": 7})
     with pytest.raises(UserError, match=r"holds other shards than those .*step_00000006 was trained on"):
         train_in_process(recipe, resume=True)
