@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import offset_copy
 
-INK, FAINT, GRID = "#1d2733", "#8793a0", "#e6eaee"
+from data_prep.figure_style import FAINT, HOUSE_STYLE
+
 COLOURS = ("#2b62a8", "#c4704f", "#1f8a7d", "#7a5ea8", "#b8952f", "#4d5b69", "#a8476f", "#5b9bd5")
 # Other colours than those of the sources, which mean something else.
 REASON_COLOURS = ("#3c4a57", "#e0a458", "#9aa7b4", "#b5485d", "#7fb7a8", "#d9c8a9", "#6b7fd7", "#c9a0dc")
@@ -26,29 +27,7 @@ PAD_INCHES = 0.12
 BAR_HEIGHT = 0.6
 LEGEND_COLUMNS, LEGEND_OFFSET_POINTS = 4, 34
 LABEL_ROOM = 1.4  # length of the axis, times the longest bar
-STYLE: dict[str, str | float | bool] = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-}
+STYLE = {**HOUSE_STYLE, "legend.frameon": False, "lines.linewidth": 1.8}
 
 
 class SourceFigures(Protocol):

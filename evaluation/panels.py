@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from data_prep.figure_style import FAINT, INK
 from evaluation.held_out_figures import HeldOutFigures
 from evaluation.run_metrics import RunMetrics, Series
 
-INK, FAINT, GRID = "#1d2733", "#8793a0", "#e6eaee"
 BASE, IDM, POLICY, RANDOM = "#8793a0", "#2b62a8", "#1f8a7d", "#c4704f"
 RUN_COLOURS = (IDM, RANDOM, POLICY, "#7a5ea8", "#b8952f", "#4d5b69", "#a8476f", "#5b9bd5")
 STAGE_COLOURS = {"base": BASE, "idm": IDM, "policy": POLICY}

@@ -14,6 +14,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data_prep.figure_style import HOUSE_STYLE
 from data_prep.output_files import partial_path, publish_file
 from evaluation import panels
 from evaluation.held_out_figures import HeldOutFigures
@@ -22,29 +23,11 @@ from evaluation.run_metrics import RunMetrics
 COLUMN_INCHES = (5.0, 3.1)  # one column of the page, and all of a phone's width
 README_INCHES = (10.0, 4.15)
 PNG_DPI = 120
-STYLE: dict[str, str | float | bool] = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": panels.FAINT,
-    "axes.labelcolor": panels.INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": panels.GRID,
-    "text.color": panels.INK,
-    "xtick.color": panels.INK,
-    "ytick.color": panels.INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+STYLE = {
+    **HOUSE_STYLE,
     "legend.facecolor": "white",
     "legend.edgecolor": "none",
     "legend.framealpha": 0.85,
-    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "svg.hashsalt": "cola",  # the same figures give the same bytes
 }
