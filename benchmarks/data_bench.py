@@ -194,10 +194,10 @@ def ratios_of(results: dict[str, dict[str, dict[str, ProcessFigures]]]) -> dict[
         for cores, by_source in by_cores.items()
     }
     ratios = {"fraction_of_limit": seconds["limit", "1"] / seconds["ours", "1"]}
-    for name, key in (("loop", "ratio_to_loop"), ("datatrove", "ratio_to_datatrove")):
+    for name, per_core in (("loop", "ratio_to_loop_per_core"), ("datatrove", "ratio_to_datatrove")):
         if name in results:
-            ratios[f"{key}_per_core"] = seconds[name, "1"] / seconds["ours", "1"]
-            ratios[f"{key}_two_cores"] = seconds[name, "2"] / seconds["ours", "2"]
+            ratios[per_core] = seconds[name, "1"] / seconds["ours", "1"]
+            ratios[f"ratio_to_{name}_two_cores"] = seconds[name, "2"] / seconds["ours", "2"]
     return ratios
 
 
@@ -233,9 +233,13 @@ def main() -> None:
         **figures,
         "machine": describe_machine(),
         "corpus": {"text_mb": text_mb, **digest._asdict()},
-        "seconds": {
+        "rates": {
             name: {
-                cores: {source: asdict(part) for source, part in by.items()} for cores, by in by_cores.items()
+                cores: {
+                    source: {"mb_per_second": text_mb[source] / part.wall_seconds, **asdict(part)}
+                    for source, part in by_source.items()
+                }
+                for cores, by_source in by_cores.items()
             }
             for name, by_cores in results.items()
         },
