@@ -68,7 +68,6 @@ def start_worker(parent: int, tokenizer_path: Path, options: UnitOptions, counts
     """Set up a worker process: its own tokenizer on one core, and the counters that all workers share."""
     global _worker_tokenizer, _worker_counts
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the workers
     use_one_thread()
     _worker_tokenizer = UnitTokenizer(tokenizer_path, options)
     _worker_counts = counts
@@ -93,7 +92,7 @@ def run_in_processes(
     bar: ProgressBar,
     take: Callable[[list[UnitManifest]], None],
 ) -> None:
-    """Tokenize units in parallel; the first error stops the rest.
+    """Tokenize units in parallel; after the first error units in work are finished and no more are begun.
 
     Args:
         units: the work.
@@ -121,9 +120,5 @@ def run_in_processes(
             raise UserError(
                 "a worker was killed (out of memory?); use fewer --workers, then --resume"
             ) from error
-        except BaseException:
-            for process in list(pool._processes.values()):  # no public way to stop work that has begun
-                process.terminate()
-            raise
         finally:
             pool.shutdown(cancel_futures=True)
