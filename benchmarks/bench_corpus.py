@@ -7,7 +7,6 @@ writes `slimpajama/`, `starcoder/`, `proof_pile_2/`, `wudao/` as published, with
 them. The same packages give the same files.
 """
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,18 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 import xxhash
-import zstandard
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.text_packages import documents, fetch_packages
 from data_prep.errors import run_cli
 from data_prep.output_files import new_folder, write_json_whole
+from data_prep.sample_corpus import MARKER_FILE, Row, write_jsonl_zst
 
 # Shares of the size. Chinese is what there is of it; the rest is near the blend's own weights.
 SHARES = {"slimpajama": 0.36, "starcoder": 0.28, "proof_pile_2": 0.24, "wudao": 0.12}
 FILE_TEXT_BYTES = 16_000_000
-MARKER_FILE = "corpora.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +72,13 @@ def in_files(texts: list[str]) -> Iterator[list[str]]:
         yield part
 
 
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write rows as zstandard-compressed JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(zstandard.ZstdCompressor(level=3).compress(lines.encode()))
-
-
 def write_source(source: str, folder: Path, found: list[tuple[str, str]]) -> None:
     """Write a source's documents in its published format, all of them for training."""
     if source in ("slimpajama", "proof_pile_2"):
         meta = {"redpajama_set_name": "RedPajamaCommonCrawl"} if source == "slimpajama" else {}
         for number, texts in enumerate(in_files([text for _, text in found])):
-            rows: list[dict[str, object]] = [{"text": text, "meta": meta} for text in texts]
-            write_jsonl(folder / f"train/chunk1/example_train_{number:04d}.jsonl.zst", rows)
+            rows: list[Row] = [{"text": text, "meta": meta} for text in texts]
+            write_jsonl_zst(folder / f"train/chunk1/example_train_{number:04d}.jsonl.zst", rows)
         return
     by_kind: dict[str, list[str]] = defaultdict(list)
     for kind, text in found:

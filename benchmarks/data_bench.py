@@ -25,13 +25,14 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine
 from benchmarks.measured_process import ProcessFigures, add_figures, run_measured
 from benchmarks.token_digest import TokenDigest, datatrove_documents, digest_documents, indexed_documents
+from data_prep.blend import COLA_WEIGHTS
 from data_prep.blended_data import open_blend
 from data_prep.corpus_sources import SOURCES
 from data_prep.errors import IntegrityError, run_cli
 from data_prep.output_files import read_json_object, write_json_whole
+from data_prep.unit_manifest import read_unit_manifest
 
 CORES = (1, 2)
-BLEND_WEIGHTS = {"slimpajama": 0.3148672, "starcoder": 0.2451328, "wudao": 0.2, "proof_pile_2": 0.24}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def time_blend(config: DataBenchConfig, tokens: dict[str, int]) -> dict[str, flo
     """Blend the tokens on one core, and copy what was written, in turn; medians."""
     output, copy = config.folder / "blend", config.folder / "copy"
     # Nearly two epochs of the smallest source, so that start-up does not hide the speed.
-    total = int(1.8 * min(tokens[source] / weight for source, weight in BLEND_WEIGHTS.items()))
+    total = int(1.8 * min(tokens[source] / weight for source, weight in COLA_WEIGHTS.items()))
     flags = ["--tokenized", str(config.folder / "ours"), "--tokenizer", str(config.tokenizer)]
     flags += ["--output", str(output), "--total-tokens", str(total), "--allow-repeats"]
     blends, copies, written_bytes = [], [], 0
@@ -203,11 +204,10 @@ def ratios_of(results: dict[str, dict[str, dict[str, ProcessFigures]]]) -> dict[
 
 def tokens_of(folder: Path) -> dict[str, int]:
     """Train and validation tokens of each source, from the manifests of ours."""
-    tokens = {}
-    for source in SOURCES:
-        manifests = [read_json_object(path, "run again") for path in (folder / source).glob("*/*.json")]
-        tokens[source] = sum(int(str(manifest["tokens"])) for manifest in manifests)
-    return tokens
+    return {
+        source: sum(read_unit_manifest(path).tokens for path in (folder / source).glob("*/*.json"))
+        for source in SOURCES
+    }
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class Unit:
 
 def is_held_out(text_utf8: bytes, fraction: float) -> bool:
     """Whether a document belongs to the validation slice: a function of its text, so copies stay together."""
-    return xxhash.xxh3_64_intdigest(text_utf8) < fraction * 2**64
+    return fraction > 0 and xxhash.xxh3_64_intdigest(text_utf8) < fraction * 2**64
 
 
 @dataclass(kw_only=True)
@@ -125,10 +125,7 @@ class UnitTokenizer:
         counts = {split: SplitCounts() for split in unit.splits}
         dropped: Counter[str] = Counter()
         with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(ShardWriter(unit.prefix(split), self._dtype))
-                for split in unit.splits
-            }
+            writers = self._open_writers(unit, stack)
             done = 0.0
             for batch in read_batches(unit.file, self._format, errors):
                 tokens = self._encoder.encode(batch.texts)
@@ -139,6 +136,11 @@ class UnitTokenizer:
                 report((batch.progress - done) * unit.file.size_bytes, text_bytes, len(tokens.ids))
                 done = batch.progress
             return self._publish(unit, writers, counts, dropped, errors.skipped, check.checked_documents)
+
+    def _open_writers(self, unit: Unit, stack: ExitStack) -> dict[str, ShardWriter]:
+        return {
+            split: stack.enter_context(ShardWriter(unit.prefix(split), self._dtype)) for split in unit.splits
+        }
 
     def _write(
         self,
@@ -183,10 +185,7 @@ class UnitTokenizer:
     def _skip_file(self, unit: Unit, reason: str, report: ReportProgress) -> list[UnitManifest]:
         """Publish empty shards for a file that cannot be read, with the reason in the manifest."""
         with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(ShardWriter(unit.prefix(split), self._dtype))
-                for split in unit.splits
-            }
+            writers = self._open_writers(unit, stack)
             report(unit.file.size_bytes, 0, 0)
             counts = {split: SplitCounts() for split in unit.splits}
             return self._publish(
