@@ -4,8 +4,6 @@ Every field has its meaning and unit under it; the command line and its `--help`
 (`pretrain.recipes`). Nothing here imports torch, so a recipe is read and checked in milliseconds.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,6 +41,10 @@ class ModelConfig:
     """Factor of Llama 3.1's frequency scaling (low 1, high 4, original length 8192); null: no scaling."""
     max_position_embeddings: int = 8192
     """Longest context the exported model announces, tokens."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2.5), in every block."""
+    tied_embeddings: bool = False
+    """The output head is the transposed embedding (small Qwen2.5 and Llama 3.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +117,32 @@ class TrainingConfig:
     """Sequences a step, over all ranks."""
     micro_batch_size: int = 4
     """Sequences a rank works on at once."""
+    base_micro_batch_size: int | None = None
+    """Sequences at once through the frozen base, which stores nothing; null: micro_batch_size."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights and losses are always fp32."""
+    fp8: Literal["off", "tensorwise", "delayed", "blockwise"] = "off"
+    """FP8 recipe of the trained parts' linear layers; needs Transformer Engine and a GPU of compute capability 9."""
+    base_fp8: Literal["off", "tensorwise", "blockwise"] = "off"
+    """FP8 recipe of the frozen base, its weights quantised once; off keeps it in `precision`."""
+    deterministic: bool = False
+    """Bit-identical reruns: deterministic kernels only, at some cost in speed."""
+    non_finite_steps: int = 0
+    """Steps in a row with a non-finite loss or gradient that are skipped; one more ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the ranks share the work; what tensor parallelism leaves over is data parallelism."""
+    """How the ranks share the work; what tensor and pipeline parallelism leave over is data parallelism."""
 
     tensor_parallel_size: int = 1
     """Ranks that share every layer's tensors."""
+    sequence_parallel: bool = False
+    """Share norms and residual streams along the sequence too, over the tensor-parallel ranks."""
+    pipeline_parallel_size: int = 1
+    """Pipeline stages: ranks that hold consecutive layers."""
+    pipeline_layout: str | None = None
+    """Layers of each pipeline stage, e.g. "base*28 | base*4 idm*4"; null: by the FLOPs of the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +185,8 @@ class RunConfig:
     """Everything the run writes: config, metrics, checkpoints."""
     start_from: Path | None = None
     """Run (or checkpoint) whose result is frozen here: a base run for idm, an idm run for policy."""
+    init_from: Path | None = None
+    """Checkpoint whose weights the trained parts begin with, e.g. released ones, converted; null: random weights."""
     seed: int = 42
     """Seed of initial weights, sample order and action noise."""
     model: ModelConfig
@@ -183,109 +203,3 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         """Tokens one optimizer step reads, over all ranks."""
         return self.training.global_batch_size * self.data.sequence_length
-
-
-def find_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Everything wrong with `config` on `world_size` ranks that can be told without reading files."""
-    return [
-        *_stage_problems(config),
-        *_size_problems(config),
-        *_optimizer_problems(config.optimizer),
-        *_layout_problems(config, world_size),
-    ]
-
-
-def _stage_problems(config: RunConfig) -> Iterator[str]:
-    if config.stage == "base" and config.start_from is not None:
-        yield "start_from: a base run starts from random weights; leave the field out"
-    if config.stage != "base" and config.start_from is None:
-        before = "base" if config.stage == "idm" else "idm"
-        yield f"start_from: stage '{config.stage}' needs the {before} run it builds on, e.g. runs/demo/{before}"
-    if config.actions.assignment == "vq" and config.stage == "policy":
-        yield "actions.assignment: a policy is trained on 'gumbel' actions only; 'vq' is an ablation of stage 'idm'"
-
-
-def _size_problems(config: RunConfig) -> Iterator[str]:
-    sections = {
-        "model": config.model, "actions": config.actions, "training": config.training,
-        "validation": config.validation, "checkpoint": config.checkpoint, "logging": config.logging,
-    }  # fmt: skip
-    for name, section in sections.items():
-        for key, value in vars(section).items():
-            if (
-                key != "regulariser_coefficient"
-                and isinstance(value, int | float)
-                and not 0 < value < math.inf
-            ):
-                yield f"{name}.{key}: must be positive, got {value}"
-    if not 0 <= config.actions.regulariser_coefficient < math.inf:
-        yield f"actions.regulariser_coefficient: must be 0 or more, got {config.actions.regulariser_coefficient}"
-    if config.data.sequence_length > config.model.max_position_embeddings:
-        yield (
-            f"data.sequence_length: {config.data.sequence_length} exceeds model.max_position_embeddings "
-            f"{config.model.max_position_embeddings}, which the exported model announces"
-        )
-    if not 0 <= config.seed < 2**32:
-        yield f"seed: must be from 0 to 2^32 - 1, got {config.seed}"
-    if config.data.sequence_length < 2:
-        yield f"data.sequence_length: needs at least 2 tokens, got {config.data.sequence_length}"
-    if config.data.loader_workers < 0:
-        yield f"data.loader_workers: must be 0 or more, got {config.data.loader_workers}"
-    if config.model.head_size % 2:
-        yield f"model.head_size: rotary positions need an even size, got {config.model.head_size}"
-    if config.model.hidden_size % max(config.model.num_attention_heads, 1):
-        yield (
-            f"model.hidden_size: {config.model.hidden_size} is not a multiple of model.num_attention_heads "
-            f"{config.model.num_attention_heads}, without which transformers refuses the exported model"
-        )
-    if config.model.num_attention_heads % max(config.model.num_key_value_heads, 1):
-        yield (
-            f"model.num_attention_heads: {config.model.num_attention_heads} query heads do not share "
-            f"{config.model.num_key_value_heads} key/value heads evenly"
-        )
-
-
-def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
-    for key in ("learning_rate", "decay_steps", "epsilon", "clip_gradient_norm"):
-        if not 0 < getattr(optimizer, key) < math.inf:
-            yield f"optimizer.{key}: must be positive, got {getattr(optimizer, key)}"
-    for key in ("min_learning_rate", "warmup_steps", "weight_decay"):
-        if not 0 <= getattr(optimizer, key) < math.inf:
-            yield f"optimizer.{key}: must be 0 or more, got {getattr(optimizer, key)}"
-    for key in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, key) < 1:
-            yield f"optimizer.{key}: must be at least 0 and below 1, got {getattr(optimizer, key)}"
-    if optimizer.min_learning_rate > optimizer.learning_rate:
-        yield "optimizer.min_learning_rate: is above optimizer.learning_rate"
-    if optimizer.decay_steps <= optimizer.warmup_steps:
-        yield (
-            f"optimizer.decay_steps: {optimizer.decay_steps} must exceed "
-            f"optimizer.warmup_steps {optimizer.warmup_steps}"
-        )
-
-
-def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    tensor_parallel_size = config.parallel.tensor_parallel_size
-    if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
-        yield (
-            f"parallel.tensor_parallel_size: {tensor_parallel_size} does not divide the {world_size} ranks "
-            "launched; change it or torchrun's --nproc-per-node"
-        )
-        return
-    shared = {
-        "model.vocab_size": config.model.vocab_size,
-        "model.ffn_hidden_size": config.model.ffn_hidden_size,
-        "model.num_attention_heads": config.model.num_attention_heads,
-        "model.num_key_value_heads": config.model.num_key_value_heads,
-        "actions.num_actions": config.actions.num_actions,
-    }
-    for name, value in shared.items():
-        if value % tensor_parallel_size:
-            yield f"{name}: {value} is not divisible by parallel.tensor_parallel_size {tensor_parallel_size}"
-    data_parallel_size = world_size // tensor_parallel_size
-    at_once = config.training.micro_batch_size * data_parallel_size
-    if at_once > 0 and config.training.global_batch_size % at_once:
-        yield (
-            f"training.global_batch_size: {config.training.global_batch_size} is not divisible by "
-            f"training.micro_batch_size {config.training.micro_batch_size} x {data_parallel_size} data-parallel ranks"
-        )

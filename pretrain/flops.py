@@ -1,8 +1,8 @@
 """FLOPs the method needs, a token.
 
 Convention: 2 FLOPs a multiply-add; attention scores counted for the causal half; norms, softmax and embeddings not
-counted; frozen modules only forward, except the frozen head of stage `idm`, which also passes gradients to its input;
-the first block of a trained stack sends no gradient into the frozen base, so its QKV input gradient is not counted.
+counted; frozen modules only forward, except the frozen head of stage `idm`, which also passes gradients to its input.
+The first block of a trained stack does need the input gradient of its QKV projection: its norm's weight is trained.
 """
 
 from pretrain.config import ModelConfig, RunConfig
@@ -18,21 +18,19 @@ def block_flops(model: ModelConfig, sequence_length: int) -> float:
     return 2 * weights + 2 * query_size * sequence_length
 
 
-def stack_backward_flops(
-    model: ModelConfig, num_layers: int, num_actions: int, sequence_length: int
-) -> float:
-    """Backward FLOPs a token of a trained stack with an action head on frozen input."""
-    query_size = model.num_attention_heads * model.head_size
-    key_value_size = model.num_key_value_heads * model.head_size
-    skipped = 2 * model.hidden_size * (query_size + 2 * key_value_size)
-    forward = num_layers * block_flops(model, sequence_length) + 2 * model.hidden_size * num_actions
-    return 2 * forward - skipped
+def merge_flops(config: RunConfig) -> tuple[float, float]:
+    """Forward and backward FLOPs a token of the merge layers, the action's half of the product taken from a table."""
+    hidden_size, ffn_hidden_size = config.model.hidden_size, config.model.ffn_hidden_size
+    layer = 2 * ffn_hidden_size * (3 * hidden_size + 2 * config.actions.num_actions)
+    forward = config.actions.num_merge_layers * layer
+    # the first layer's state is the frozen base's, so its two input gradients are not needed
+    return forward, 2 * forward - 4 * hidden_size * ffn_hidden_size
 
 
 def flops_per_token(config: RunConfig) -> dict[str, float]:
     """FLOPs a token of one training step of `config`, by module."""
-    model, actions, sequence_length = config.model, config.actions, config.data.sequence_length
-    block = block_flops(model, sequence_length)
+    model, actions = config.model, config.actions
+    block = block_flops(model, config.data.sequence_length)
     head = 2.0 * model.hidden_size * model.vocab_size
     action_head = 2 * model.hidden_size * actions.num_actions
     if config.stage == "base":
@@ -45,25 +43,19 @@ def flops_per_token(config: RunConfig) -> dict[str, float]:
         "idm forward": actions.num_idm_layers * block + action_head,
     }
     if config.stage == "idm":
-        merge = (
-            2
-            * actions.num_merge_layers
-            * model.ffn_hidden_size
-            * (3 * model.hidden_size + 2 * actions.num_actions)
-        )
+        merge_forward, merge_backward = merge_flops(config)
         return flops | {
-            "idm backward": stack_backward_flops(
-                model, actions.num_idm_layers, actions.num_actions, sequence_length
-            ),
-            "merge forward": merge,
-            # the first merge layer's state is the frozen base's, so its two input gradients are not needed
-            "merge backward": 2 * merge - 4 * model.hidden_size * model.ffn_hidden_size,
+            "idm backward": 2 * flops["idm forward"],
+            "merge forward": merge_forward,
+            "merge backward": merge_backward,
             "head forward": head,
             "head input gradient": head,
         }
-    return flops | {
-        "policy forward": actions.num_policy_layers * block + action_head,
-        "policy backward": stack_backward_flops(
-            model, actions.num_policy_layers, actions.num_actions, sequence_length
-        ),
-    }
+    policy = actions.num_policy_layers * block + action_head
+    return flops | {"policy forward": policy, "policy backward": 2 * policy}
+
+
+def full_training_flops(config: RunConfig) -> float:
+    """FLOPs a token of training the base itself, all of it: what a stage is compared with."""
+    block = block_flops(config.model, config.data.sequence_length)
+    return 3 * (config.model.num_layers * block + 2.0 * config.model.hidden_size * config.model.vocab_size)

@@ -11,7 +11,8 @@ from data_prep.blended_data import BlendedData, open_blend
 from data_prep.errors import UserError
 from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
 from pretrain import checkpointing
-from pretrain.config import CONFIG_FILE, RunConfig, find_problems
+from pretrain.config import CONFIG_FILE, RunConfig
+from pretrain.config_checks import find_problems
 from pretrain.data import build_datasets, find_data_problems
 from pretrain.flops import CONVENTION, flops_per_token
 from pretrain.model.cola import ColaModel

@@ -9,7 +9,8 @@ import pytest
 
 from data_prep.blend import check_config, read_config
 from data_prep.errors import UserError
-from pretrain.config import RunConfig, find_problems
+from pretrain.config import RunConfig
+from pretrain.config_checks import find_problems
 from pretrain.recipes import load_recipe
 from tests.repository_rules import ROOT, tracked_files
 

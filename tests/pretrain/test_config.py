@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import pretrain.config
-from pretrain.config import RunConfig, find_problems
+from pretrain.config import RunConfig
+from pretrain.config_checks import find_problems
 from tests.pretrain.tiny_runs import tiny_recipe
 
 # Field, bad value, ranks launched, what the line says beside the field.

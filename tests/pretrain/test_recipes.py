@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.config import RunConfig, find_problems
+from pretrain.config import RunConfig
+from pretrain.config_checks import find_problems
 from pretrain.recipes import dump_recipe, load_recipe, parse_recipe, recipe_fields, recipe_from_fields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
