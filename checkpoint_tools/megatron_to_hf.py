@@ -10,7 +10,7 @@ the tokenizer, the model's own code (for `trust_remote_code=True`) and a model c
 # ruff: noqa: E402  Megatron is imported after the redirects
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from pretrain.checkpointing import (
     read_description,
     resolve_checkpoint,
 )
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import parallel_context
 from pretrain.recipes import recipe_from_fields
@@ -99,6 +99,10 @@ def export(config: ExportConfig) -> None:
         raise UserError(
             f"{checkpoint} assigns actions by '{recipe.actions.assignment}'; only 'gumbel' has an export"
         )
+    if recipe.model.qkv_bias or recipe.model.tied_embeddings:
+        raise UserError(
+            f"{checkpoint} is of the Qwen2.5 form (model.qkv_bias, model.tied_embeddings), which has no export yet"
+        )
     parts = [part for part in ("base", "idm", "world_model", "policy") if part in locate_parts(checkpoint)]
     tokenizer_folder = config.tokenizer or recipe.data.path / "tokenizer"
     tokenizer = _open_tokenizer(tokenizer_folder, description.tokenizer_fingerprint)
@@ -116,8 +120,9 @@ def export(config: ExportConfig) -> None:
 
 def gather_weights(recipe: RunConfig, checkpoint: Path, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """All tensors of `parts` under their Hugging Face names, from `checkpoint` and the runs it started from."""
+    on_one_rank = replace(recipe, parallel=ParallelConfig())
     with parallel_context(tensor_parallel_size=1, seed=recipe.seed) as context:
-        model = ColaModel(recipe, context.groups, parts)
+        model = ColaModel(on_one_rank, context.groups, parts)
         load_checked(model, parts, checkpoint)
         state = {name: value.detach() for name, value in model.named_parameters()}
     return to_huggingface(weight_rules(recipe.model, recipe.actions, parts), state)

@@ -30,7 +30,8 @@ def weight_rules(model: ModelConfig, actions: ActionConfig, parts: Sequence[str]
     if "base" in parts:
         rules.append(_same("base.embedding.word_embeddings.weight", "model.embed_tokens.weight"))
         rules += _stack(model, model.num_layers, "base.decoder", "model.layers", "model.norm")
-        rules.append(_same("base.output_layer.weight", "lm_head.weight"))
+        if not model.tied_embeddings:
+            rules.append(_same("base.output_layer.weight", "lm_head.weight"))
     if "idm" in parts:
         rules += _stack(
             model, actions.num_idm_layers, "idm.blocks", "model.action_layers", "model.action_norm"
@@ -77,7 +78,10 @@ def _stack(
     for layer in range(num_layers):
         ours, theirs = f"{megatron}.layers.{layer}", f"{huggingface_layers}.{layer}"
         yield _same(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight")
-        yield _query_key_value(model, f"{ours}.self_attention.linear_qkv.weight", f"{theirs}.self_attn")
+        for kind in ("weight", "bias") if model.qkv_bias else ("weight",):
+            yield _query_key_value(
+                model, f"{ours}.self_attention.linear_qkv.{kind}", f"{theirs}.self_attn", kind
+            )
         yield _same(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight")
         yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight")
         yield _gate_up(f"{ours}.mlp.linear_fc1.weight", f"{theirs}.mlp")
@@ -85,21 +89,21 @@ def _stack(
     yield _same(f"{megatron}.final_layernorm.weight", f"{huggingface_norm}.weight")
 
 
-def _query_key_value(model: ModelConfig, megatron: str, huggingface: str) -> Rule:
+def _query_key_value(model: ModelConfig, megatron: str, huggingface: str, kind: str) -> Rule:
     """Megatron keeps, a key/value head at a time, that head's queries, its key and its value."""
     groups, head_size = model.num_key_value_heads, model.head_size
     queries = model.num_attention_heads // groups
 
     def split(tensors: Tensors) -> Tensors:
-        grouped = tensors[0].view(groups, (queries + 2) * head_size, -1)
+        grouped = tensors[0].unflatten(0, (groups, (queries + 2) * head_size))
         sizes = [queries * head_size, head_size, head_size]
         return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
 
     def join(tensors: Tensors) -> Tensors:
-        grouped = [part.view(groups, part.shape[0] // groups, -1) for part in tensors]
+        grouped = [part.unflatten(0, (groups, -1)) for part in tensors]
         return (torch.cat(grouped, dim=1).flatten(0, 1),)
 
-    names = tuple(f"{huggingface}.{letter}_proj.weight" for letter in "qkv")
+    names = tuple(f"{huggingface}.{letter}_proj.{kind}" for letter in "qkv")
     return Rule((megatron,), names, split, join)
 
 

@@ -25,7 +25,7 @@ from data_prep.output_files import partial_path, write_json_whole
 from pretrain.config import RunConfig
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
-from pretrain.optimization import make_loadable
+from pretrain.optimization import make_loadable, make_savable
 from pretrain.recipes import recipe_fields
 
 FORMAT_VERSION = 1
@@ -154,6 +154,7 @@ def save(
             (partial / name).mkdir(parents=True)
     dist.barrier()
     weights = sharded_weights(model, trained_parts)
+    make_savable(optimizer)
     optimizer_state = optimizer.sharded_state_dict(weights, metadata=_OPTIMIZER_FORMAT)
     dist_checkpointing.save(weights, str(partial / "weights"))
     dist_checkpointing.save({"optimizer": optimizer_state}, str(partial / "optimizer"))
@@ -184,7 +185,7 @@ def save(
 def sharded_weights(model: ColaModel, parts: tuple[str, ...]) -> dict[str, Any]:
     """Megatron sharded state of `parts`, without Transformer Engine's extra states (empty without delayed scaling)."""
     state: dict[str, Any] = {}
-    for part in parts:
+    for part in (part for part in parts if part in model.parts):
         state |= getattr(model, part).sharded_state_dict(prefix=f"{part}.")
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 

@@ -135,6 +135,8 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
         return
     if config.stage == "base" and placement.stages[-1].base == 0:
         yield "parallel.pipeline_layout: the last stage of a base run must hold base layers"
+    if config.stage == "policy" and placement.stages[-1].policy == 0:
+        yield "parallel.pipeline_layout: the last stage of a policy run must hold policy layers"
     if config.model.tied_embeddings and config.stage == "base" and size > 1:
         yield (
             "parallel.pipeline_parallel_size: tied embeddings are trained on one pipeline stage only; "

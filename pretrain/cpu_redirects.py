@@ -110,3 +110,10 @@ def use_one_thread_a_rank() -> None:
     """One compute thread a rank unless the user says otherwise: gloo ranks share the cores of one machine."""
     if not on_cuda() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def use_deterministic_kernels() -> None:
+    """Have torch, cuBLAS and Transformer Engine refuse what gives other bits in a second run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)

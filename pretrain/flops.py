@@ -12,10 +12,14 @@ CONVENTION = "2 FLOPs a multiply-add, causal half of attention, only what the me
 
 def block_flops(model: ModelConfig, sequence_length: int) -> float:
     """Forward FLOPs a token of one decoder block."""
+    return block_product_flops(model) + 2 * model.num_attention_heads * model.head_size * sequence_length
+
+
+def block_product_flops(model: ModelConfig) -> float:
+    """Those of its products with weights: all but attention's scores and weighted values."""
     query_size = model.num_attention_heads * model.head_size
     key_value_size = model.num_key_value_heads * model.head_size
-    weights = model.hidden_size * (2 * query_size + 2 * key_value_size + 3 * model.ffn_hidden_size)
-    return 2 * weights + 2 * query_size * sequence_length
+    return 2 * model.hidden_size * (2 * query_size + 2 * key_value_size + 3 * model.ffn_hidden_size)
 
 
 def merge_flops(config: RunConfig) -> tuple[float, float]:
@@ -59,3 +63,29 @@ def full_training_flops(config: RunConfig) -> float:
     """FLOPs a token of training the base itself, all of it: what a stage is compared with."""
     block = block_flops(config.model, config.data.sequence_length)
     return 3 * (config.model.num_layers * block + 2.0 * config.model.hidden_size * config.model.vocab_size)
+
+
+def fp8_flops_per_token(config: RunConfig) -> dict[str, float]:
+    """The part of `flops_per_token` that the recipe's FP8 settings run in FP8, by module; empty if none.
+
+    Products with the weights of blocks and merge layers. Attention, heads, action tables and frozen parts other than
+    the base stay in BF16.
+    """
+    model, actions = config.model, config.actions
+    block = block_product_flops(model)
+    in_fp8: dict[str, float] = {}
+    if config.stage != "base" and config.training.base_fp8 != "off":
+        in_fp8["base forward"] = model.num_layers * block
+    if config.training.fp8 != "off":
+        layers = {
+            "base": model.num_layers,
+            "idm": actions.num_idm_layers,
+            "policy": actions.num_policy_layers,
+        }
+        in_fp8[f"{config.stage} forward"] = layers[config.stage] * block
+        in_fp8[f"{config.stage} backward"] = 2 * layers[config.stage] * block
+        if config.stage == "idm":
+            product = 2 * model.hidden_size * model.ffn_hidden_size
+            in_fp8["merge forward"] = actions.num_merge_layers * 3 * product
+            in_fp8["merge backward"] = 2 * in_fp8["merge forward"] - 2 * product  # as in merge_flops
+    return in_fp8

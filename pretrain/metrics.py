@@ -4,10 +4,11 @@ Shapes: A actions.
 """
 
 import json
+import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from data_prep.output_files import write_text_whole
 from pretrain.config import METRICS_FILE, RunConfig
 from pretrain.flops import CONVENTION
+from pretrain.optimization import NonFiniteError
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields
 from pretrain.stages.contract import StageLoss
@@ -36,6 +38,13 @@ SHOWN_ON_TERMINAL = {
 }
 
 
+class StepMeans(NamedTuple):
+    """One step's report."""
+
+    means: dict[str, float]
+    action_counts_A: torch.Tensor | None
+
+
 class MeanOfSteps:
     """Averages of what the micro-batches of several steps report, over all data-parallel ranks."""
 
@@ -45,22 +54,41 @@ class MeanOfSteps:
         self.sums: dict[str, float] = {}
         self.action_counts_A: torch.Tensor | None = None
 
-    def add_step(self, micro_batches: Sequence[StageLoss]) -> dict[str, float]:
-        """Add one step; returns its own means over micro-batches and ranks. Collective."""
+    def add_step(self, micro_batches: Sequence[StageLoss]) -> None:
+        """`reduce_step` and `add`. Collective."""
+        self.add(self.reduce_step(micro_batches))
+
+    def reduce_step(self, micro_batches: Sequence[StageLoss]) -> StepMeans:
+        """What a step reports; `micro_batches` is empty but on the last pipeline stage, which tells the others.
+
+        Collective.
+
+        Raises:
+            NonFiniteError: on every rank, if a mean over micro-batches and ranks is not finite.
+        """
+        means, counts_A = self.context.from_last_stage(self._reduce(micro_batches))
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NonFiniteError(str(means))
+        return StepMeans(means, None if counts_A is None else counts_A.to(self.context.device))
+
+    def add(self, step: StepMeans) -> None:
+        """Add one step."""
+        for name, value in step.means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if step.action_counts_A is not None:
+            before_A = 0 if self.action_counts_A is None else self.action_counts_A
+            self.action_counts_A = before_A + step.action_counts_A
+        self.steps += 1
+
+    def _reduce(self, micro_batches: Sequence[StageLoss]) -> StepMeans:
+        """Means over micro-batches and data-parallel ranks; action counts of this rank."""
+        if not micro_batches:
+            return StepMeans({}, None)
         names = sorted(micro_batches[0].means)
         rows = [torch.stack([m.means[name].float() for name in names]) for m in micro_batches]
         means = self.context.data_parallel_mean(torch.stack(rows).mean(0)).tolist()
-        step_means = dict(zip(names, means, strict=True))
-        for name, value in step_means.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
         counts = [m.action_counts_A for m in micro_batches if m.action_counts_A is not None]
-        if counts:
-            counts_A = torch.stack(counts).sum(0)
-            self.action_counts_A = (
-                counts_A if self.action_counts_A is None else self.action_counts_A + counts_A
-            )
-        self.steps += 1
-        return step_means
+        return StepMeans(dict(zip(names, means, strict=True)), torch.stack(counts).sum(0) if counts else None)
 
     def summary(self) -> dict[str, float | int | list[float]]:
         """Means over the added steps, and how the actions were used. Collective."""

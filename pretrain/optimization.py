@@ -1,12 +1,13 @@
 """Megatron's DDP, distributed AdamW and learning-rate schedule for the trained parts."""
 
+import math
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -15,21 +16,33 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 
 from pretrain.config import RunConfig
+from pretrain.cpu_redirects import training_device
 from pretrain.model.cola import ColaModel
+from pretrain.parallel import ParallelContext
 
 # As in the released code: weight decay on everything trained except the codebook.
 NO_WEIGHT_DECAY = "*codebook*"
+_NO_TENSOR_HERE = "no trained tensor on this rank"
 
 
-def wrap_for_data_parallel(model: ColaModel) -> DistributedDataParallel:
-    """Gradient buffers and reduction for the tensors that require gradients; frozen ones stay outside."""
-    ddp = DistributedDataParallel(
+def wrap_for_data_parallel(model: ColaModel, context: ParallelContext) -> DistributedDataParallel:
+    """Gradient buffers and reduction for the tensors that require gradients; frozen ones stay outside.
+
+    With more than one data-parallel rank, gradients are reduced while the backward pass goes on, and parameters are
+    gathered from the start of the next step on (`DistributedDataParallel.start_param_sync`), all buckets at once.
+    """
+    overlap = context.data_parallel_size > 1
+    return DistributedDataParallel(
         config=get_model_config(model),
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            align_param_gather=overlap,
+        ),
         module=model,
     )
-    get_model_config(ddp).finalize_model_grads_func = finalize_model_grads
-    return ddp
 
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
@@ -47,10 +60,31 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
         bf16=config.training.precision == "bf16",
         params_dtype=get_model_config(ddp).params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=ddp.ddp_config.overlap_param_gather,
     )
     # An explicit map also switches off Megatron's default of no decay on norms and other vectors.
     overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}
     return get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is NaN or infinite; the optimizer has not moved on it."""
+
+
+def refuse_non_finite_gradients(optimizer: MegatronOptimizer) -> None:
+    """Make `optimizer.step` raise `NonFiniteError`, on all ranks alike, before it moves on such gradients.
+
+    Megatron looks at the gradient norm only where it scales the loss; here the norm itself refuses.
+    """
+    gradient_norm = optimizer.get_grad_norm
+
+    def finite_gradient_norm() -> float:
+        norm = gradient_norm()
+        if norm is None or not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm {norm}")
+        return norm
+
+    optimizer.get_grad_norm = finite_gradient_norm
 
 
 def build_scheduler(
@@ -79,6 +113,22 @@ def build_scheduler(
     return scheduler
 
 
+def make_savable(optimizer: MegatronOptimizer) -> None:
+    """Let ranks without any trained tensor take part in a save. Collective.
+
+    Megatron 0.16.1 reads the step from torch's AdamW's state, which such ranks do not have (the first pipeline stages
+    of a frozen base, or a data-parallel rank whose share is empty), and saves rank 0's.
+    """
+    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adamw = distributed.optimizer
+        if isinstance(adamw, torch.optim.AdamW):
+            own = [float(state["step"]) for key, state in adamw.state.items() if torch.is_tensor(key)]
+            step = torch.tensor(max(own, default=0.0), device=training_device())
+            dist.all_reduce(step, op=dist.ReduceOp.MAX)
+            if not own:
+                adamw.state[_NO_TENSOR_HERE] = {"step": step}  # type: ignore[index]
+
+
 def make_loadable(optimizer: MegatronOptimizer) -> None:
     """Let a fresh optimizer load a checkpoint where the inner one is torch's AdamW (no Transformer Engine or apex).
 
@@ -95,6 +145,8 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": zeros,
                     "exp_avg_sq": zeros.clone(),
                 }
+            if not adamw.state:
+                adamw.state[_NO_TENSOR_HERE] = {"step": torch.zeros(())}  # type: ignore[index]
             distributed._set_main_param_and_optimizer_states = partial(_restore_all_but_step, distributed)
 
 

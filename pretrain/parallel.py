@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain import cpu_redirects
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,8 @@ class ParallelContext:
     rank: int
     world_size: int
     tensor_parallel_size: int
+    pipeline_rank: int
+    pipeline_size: int
     data_parallel_rank: int
     data_parallel_size: int
     data_parallel_group: dist.ProcessGroup
@@ -42,6 +47,15 @@ class ParallelContext:
             mean /= self.data_parallel_size
         return mean
 
+    def from_last_stage(self, value: Value) -> Value:
+        """The `value` of the last pipeline stage, which alone knows the losses. Collective; must pickle."""
+        if self.pipeline_size == 1:
+            return value
+        holder = [value]
+        ranks = dist.get_process_group_ranks(self.groups.pp)
+        dist.broadcast_object_list(holder, src=ranks[-1], group=self.groups.pp)
+        return holder[0]
+
 
 def launched_world_size() -> int:
     """Ranks torchrun started; 1 without torchrun. Known before any process group exists."""
@@ -54,7 +68,9 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelContext]:
+def parallel_context(
+    tensor_parallel_size: int, seed: int, pipeline_parallel_size: int = 1
+) -> Iterator[ParallelContext]:
     """Start torch.distributed and Megatron's groups, yield the context, and tear both down again.
 
     A process group that the caller has started already is used and left standing.
@@ -65,7 +81,12 @@ def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelC
     starts_process_group = not dist.is_initialized()
     if starts_process_group:
         _initialize_process_group()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        get_embedding_ranks=_no_shared_embedding,
+        get_position_embedding_ranks=_no_shared_embedding,
+    )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     try:
@@ -76,6 +97,8 @@ def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelC
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             data_parallel_group=parallel_state.get_data_parallel_group(),
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pipeline_size=pipeline_parallel_size,
             groups=ProcessGroupCollection.use_mpu_process_groups(),
             device=cpu_redirects.training_device(),
         )
@@ -83,6 +106,11 @@ def parallel_context(tensor_parallel_size: int, seed: int) -> Iterator[ParallelC
         parallel_state.destroy_model_parallel()
         if starts_process_group:
             dist.destroy_process_group()
+
+
+def _no_shared_embedding(ranks: list[int], *_: object) -> list[int]:
+    """Megatron sums gradients of embeddings shared by first and last stage; ours never are (config_checks)."""
+    return ranks[:1]
 
 
 def _initialize_process_group() -> None:

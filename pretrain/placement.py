@@ -73,7 +73,8 @@ def place_layers(config: RunConfig) -> Placement:
     size = config.parallel.pipeline_parallel_size
     if config.parallel.pipeline_layout is not None:
         return parse_layout(config.parallel.pipeline_layout, size, chain_layers(config))
-    return _balanced(chain_layers(config), _layer_costs(config), last_stage_extra(config), size)
+    costs, extra = _layer_costs(config), last_stage_extra(config)
+    return _balanced(chain_layers(config), costs, extra, size, config.stage == "idm")
 
 
 def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> Placement:
@@ -89,6 +90,8 @@ def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> 
         if not all(matches):
             raise ValueError(f"'{stage_text.strip()}' is not a run such as 'base*4 idm*4'")
         pairs = [(match[1], int(match[2])) for match in matches if match]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"'{stage_text.strip()}' names a part twice; add its layers up")
         order += [PARTS_IN_ORDER.index(part) for part, _ in pairs]
         stages.append(StageLayers(**dict(pairs)))
     if len(stages) != pipeline_parallel_size:
@@ -109,7 +112,7 @@ def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> 
 def stage_costs(config: RunConfig, placement: Placement) -> list[float]:
     """FLOPs a token of each pipeline stage, forward and backward."""
     layer_cost = _layer_costs(config)
-    costs = [
+    costs: list[float] = [
         sum(count * cost for count, cost in zip(stage, layer_cost, strict=True)) for stage in placement.stages
     ]
     costs[-1] += last_stage_extra(config)
@@ -133,8 +136,13 @@ def last_stage_extra(config: RunConfig) -> float:
     return sum(flops_per_token(config).values()) - layers
 
 
-def _balanced(chain: StageLayers, costs: StageLayers, last_extra: float, size: int) -> Placement:
-    """Cut the chain into `size` runs with the least possible maximum cost; ties go to later cuts."""
+def _balanced(
+    chain: StageLayers, costs: StageLayers, last_extra: float, size: int, last_may_be_heads: bool
+) -> Placement:
+    """Cut the chain into `size` runs with the least possible maximum cost; ties go to later cuts.
+
+    World model and token head can fill a last stage without layers in stage `idm`, where they are trained through.
+    """
     units = [part for part, count in zip(PARTS_IN_ORDER, chain, strict=True) for _ in range(count)]
     prefix = [0.0]
     for part in units:
@@ -144,6 +152,8 @@ def _balanced(chain: StageLayers, costs: StageLayers, last_extra: float, size: i
     def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
         """Least maximum of units[first:] on `stages` stages, and where they end."""
         if stages == 1:
+            if first == len(units) and not last_may_be_heads:
+                return float("inf"), (first,)
             return prefix[-1] - prefix[first] + last_extra, (len(units),)
         options = []
         for end in range(len(units), first, -1):  # no stage but the last may be without layers

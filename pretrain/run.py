@@ -5,116 +5,69 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
-from data_prep.blended_data import BlendedData, open_blend
+from data_prep.blended_data import BlendedData
 from data_prep.errors import UserError
 from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
 from pretrain import checkpointing
 from pretrain.config import CONFIG_FILE, RunConfig
 from pretrain.config_checks import find_problems
-from pretrain.data import build_datasets, find_data_problems
-from pretrain.flops import CONVENTION, flops_per_token
+from pretrain.cpu_redirects import use_deterministic_kernels
+from pretrain.data import build_datasets
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, build_scheduler, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, launched_rank, launched_world_size, parallel_context
-from pretrain.recipes import dump_recipe, parse_recipe, recipe_from_fields
+from pretrain.plan import print_plan
+from pretrain.recipes import dump_recipe, parse_recipe
+from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs, refuse
 from pretrain.stages.registry import stage_class
 from pretrain.train_loop import TrainLoop
 
 PARTIAL_CONFIG_FILE = CONFIG_FILE + PARTIAL_SUFFIX  # what a run killed at its very start leaves behind
 # What must not change between the start of a run and its resumption: it would be another run.
 _FIXED_ON_RESUME = ("stage", "start_from", "seed", "model", "actions", "data.sequence_length",
-                    "training.global_batch_size", "training.precision")  # fmt: skip
+                    "training.global_batch_size", "training.precision",
+                    "training.fp8", "training.base_fp8")  # fmt: skip
 
 
-def check(config: RunConfig) -> BlendedData:
-    """Everything that can be wrong before anything starts.
+def dry_run(config: RunConfig, gpus: int | None) -> None:
+    """Print the plan of the run on `gpus` ranks, then check what it reads; without starting it.
+
+    Inputs that do not exist yet are named and allowed, since a plan is wanted before there are any.
 
     Raises:
-        UserError: listing every problem found.
+        UserError: listing every problem of the recipe, or else of the inputs that do exist.
     """
-    problems = find_problems(config, launched_world_size())
-    blend = None
-    try:
-        blend = open_blend(config.data.path)
-        problems += find_data_problems(config, blend)
-    except UserError as error:
-        problems.append(f"data.path: {error}")
-    if config.start_from is not None and config.stage != "base":
-        try:
-            problems += _start_problems(config, checkpointing.resolve_checkpoint(config.start_from), blend)
-        except UserError as error:
-            problems.append(f"start_from: {error}")
-    if problems or blend is None:
-        raise UserError(f"{len(problems)} problem(s) in this run: " + "; ".join(problems))
-    return blend
-
-
-def _start_problems(config: RunConfig, checkpoint: Path, blend: BlendedData | None) -> list[str]:
-    """What keeps `checkpoint` from being the frozen start of `config`."""
-    description = checkpointing.read_description(checkpoint)
-    before = {"idm": "base", "policy": "idm"}[config.stage]
-    if description.stage != before:
-        return [
-            f"start_from: {checkpoint} is of stage '{description.stage}', stage '{config.stage}' needs '{before}'"
-        ]
-    theirs = recipe_from_fields(description.recipe, str(checkpoint))
-    ours_text, theirs_text = _flat(config), _flat(theirs)
-    shared = [name for name in ours_text if name.startswith("model.") or name == "training.precision"]
-    if config.stage == "policy":  # the policy must not change what the actions mean
-        shared += [
-            name for name in ours_text if name.startswith("actions.") and name != "actions.num_policy_layers"
-        ]
-    problems = [
-        f"{name}: {ours_text[name]}, but {checkpoint} was trained with {theirs_text[name]}"
-        for name in shared
-        if ours_text[name] != theirs_text[name]
-    ]
-    if blend is not None and description.tokenizer_fingerprint != blend.tokenizer_fingerprint:
-        problems.append(
-            f"data.path: {blend.folder} was made with another tokenizer than the data of {checkpoint}; "
-            "blend shards of the same tokenizer"
-        )
-    return problems
-
-
-def _flat(config: RunConfig) -> dict[str, str]:
-    """Every field as dotted name -> text."""
-    flat: dict[str, str] = {}
-    for name, value in vars(config).items():
-        if hasattr(value, "__dataclass_fields__"):
-            flat |= {f"{name}.{key}": str(inner) for key, inner in vars(value).items()}
-        else:
-            flat[name] = str(value)
-    return flat
-
-
-def dry_run(config: RunConfig) -> None:
-    """Check the run and print what it would do, without starting it."""
-    check(config)
+    parallel = config.parallel
+    ranks = gpus or max(
+        launched_world_size(), parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    )
+    refuse(find_problems(config, ranks))
     if launched_rank() != 0:
         return
-    flops = flops_per_token(config)
-    table = Table(title=f"{config.stage}: FLOPs a token ({CONVENTION})")
-    table.add_column("module")
-    table.add_column("MFLOP", justify="right")
-    for name, value in [*flops.items(), ("total", sum(flops.values()))]:
-        table.add_row(name, f"{value / 1e6:,.3f}")
     console = Console()
     console.print(dump_recipe(config), highlight=False)
-    console.print(table)
-    tokens = config.training.steps * config.tokens_per_step
-    console.print(
-        f"{config.training.steps:,} steps x {config.tokens_per_step:,} tokens = {tokens:,} tokens. Checked."
+    print_plan(config, ranks, console)
+    missing = missing_inputs(config)
+    problems = find_input_problems(config)[0]
+    refuse(
+        [problem for problem in problems if problem.split(":")[0] not in {m.split(":")[0] for m in missing}]
     )
+    for line in missing:
+        console.print(f"not there yet: {line}", highlight=False)
+    console.print("Checked, but for the inputs that are not there yet." if missing else "Checked.")
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Run the recipe to its last step."""
     blend = check(config)
     prepare_run_folder(config, resume, overwrite)
-    with parallel_context(config.parallel.tensor_parallel_size, config.seed) as context:
+    if config.training.deterministic:
+        use_deterministic_kernels()
+    parallel = config.parallel
+    with parallel_context(
+        parallel.tensor_parallel_size, config.seed, parallel.pipeline_parallel_size
+    ) as context:
         # Only now that the process group stands: no rank still reads the folder's old state.
         if context.is_first_rank:
             _write_run_folder(config, overwrite)
@@ -143,7 +96,7 @@ def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None
     if not resume and not overwrite:
         raise UserError(f"run_folder: {config.run_folder} already holds a run; pass --resume or --overwrite")
     if resume:
-        before, now = _flat(parse_recipe(saved.read_text(), str(saved))), _flat(config)
+        before, now = flat_fields(parse_recipe(saved.read_text(), str(saved))), flat_fields(config)
         changed = [
             f"{name}: {before.get(name)} -> {now[name]}"
             for name in now
@@ -171,14 +124,14 @@ def build_loop(
     samples = build_datasets(config, blend)
     stage_type = stage_class(config)
     model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
-    model.to(context.device)
     model.freeze_all_but(stage_type.trained_parts)
     frozen_fingerprints = {}
     if origin.start is not None:
         frozen_fingerprints = checkpointing.load_checked(model, stage_type.frozen_parts, origin.start)
-    if newest is not None:
-        checkpointing.load_checked(model, stage_type.trained_parts, newest)
-    ddp = wrap_for_data_parallel(model)
+    begin = newest or (checkpointing.resolve_checkpoint(config.init_from) if config.init_from else None)
+    if begin is not None:
+        checkpointing.load_checked(model, stage_type.trained_parts, begin)
+    ddp = wrap_for_data_parallel(model, context)
     optimizer = build_optimizer(config, ddp)
     if newest is not None:
         checkpointing.load_optimizer(model, optimizer, stage_type.trained_parts, newest)

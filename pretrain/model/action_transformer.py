@@ -1,6 +1,6 @@
 """A stack of Llama blocks over the base's hidden state, ending in action logits: the IDM and the policy.
 
-Shapes: S sequence, B batch, H hidden, A actions.
+Shapes: S sequence (of this rank under sequence parallelism), B batch, H hidden, A actions.
 """
 
 import torch
@@ -10,28 +10,43 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.config import RunConfig
-from pretrain.model.specs import layer_spec, transformer_config
+from pretrain.model.kernels import block_submodules
+from pretrain.model.specs import seeded, transformer_config
+from pretrain.placement import place_layers
+
+HEAD_SEED = 900
+"""Added to a part's seed for its head, beyond the numbers of its blocks."""
 
 
 class ActionTransformer(MegatronModule):
-    """`num_layers` causal decoder blocks, a norm of their own, and a linear head over the actions."""
+    """Causal decoder blocks, a norm of their own, and a linear head over the actions; or a pipeline stage's share."""
 
-    def __init__(self, config: RunConfig, num_layers: int, groups: ProcessGroupCollection) -> None:
-        stack_config = transformer_config(config, num_layers)
+    def __init__(self, config: RunConfig, part: str, groups: ProcessGroupCollection) -> None:
+        layers_by_stage = place_layers(config).layers_by_stage(part)
+        stack_config = transformer_config(config, part)
         super().__init__(config=stack_config)
         self.tp_group = groups.tp
-        self.blocks = TransformerBlock(config=stack_config, spec=layer_spec(), pg_collection=groups)
-        self.head = ColumnParallelLinear(
-            config.model.hidden_size,
-            config.actions.num_actions,
+        stage = groups.pp.rank()
+        self.ends_here = sum(layers_by_stage[stage + 1 :]) == 0
+        self.blocks = TransformerBlock(
             config=stack_config,
-            init_method=stack_config.init_method,
-            bias=False,
-            gather_output=True,
-            tp_group=groups.tp,
+            spec=block_submodules(layers_by_stage[stage]),
+            post_process=self.ends_here,
+            pg_collection=groups,
         )
+        if self.ends_here:
+            with seeded(torch.initial_seed() + HEAD_SEED):
+                self.head = ColumnParallelLinear(
+                    config.model.hidden_size,
+                    config.actions.num_actions,
+                    config=stack_config,
+                    init_method=stack_config.init_method,
+                    bias=False,
+                    gather_output=True,
+                    tp_group=groups.tp,
+                )
 
-    def forward(self, hidden_SBH: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-        """Action logits [S, B, A] in fp32, the whole action set on every rank."""
-        state_SBH = self.blocks(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)
-        return self.head(state_SBH)[0].float()
+    def forward(self, state_SBH: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """Action logits [S, B, A] in fp32, all positions and actions on every rank; the state, if blocks follow."""
+        state_SBH = self.blocks(hidden_states=state_SBH, attention_mask=None, rotary_pos_emb=rotary)
+        return self.head(state_SBH)[0].float() if self.ends_here else state_SBH

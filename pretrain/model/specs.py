@@ -1,37 +1,40 @@
-"""From our configuration to Megatron's: `TransformerConfig`, layer spec, initial weights.
+"""From our configuration to Megatron's: `TransformerConfig`, precision, initial weights.
 
 Built last and never changed afterwards: Megatron derives fields when it is constructed and does not notice edits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.config import RunConfig
 from pretrain.cpu_redirects import on_cuda
-from pretrain.model.attention import ScaledDotProductCoreAttention
+from pretrain.placement import place_layers
 
 InitMethod = Callable[[torch.Tensor], torch.Tensor]
 
 
-def layer_spec() -> ModuleSpec:
-    """A Llama decoder block of Megatron's own modules, with our core attention."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ScaledDotProductCoreAttention
-    return spec
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from `seed`, whatever was drawn before, and leave the generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
 
 
-def transformer_config(config: RunConfig, num_layers: int) -> TransformerConfig:
-    """Megatron's configuration of a stack of `num_layers` Llama blocks of the base's width."""
-    model = config.model
+def transformer_config(config: RunConfig, part: str) -> TransformerConfig:
+    """Megatron's configuration of `part`: Llama blocks of the base's width, counted over all pipeline stages."""
+    model, actions, parallel = config.model, config.actions, config.parallel
+    layers = {"base": model.num_layers, "idm": actions.num_idm_layers, "policy": actions.num_policy_layers}
+    fp8 = fp8_recipe(config, part)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     return TransformerConfig(
-        num_layers=num_layers,
+        num_layers=layers.get(part, actions.num_merge_layers),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -42,21 +45,53 @@ def transformer_config(config: RunConfig, num_layers: int) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=config.parallel.tensor_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        pipeline_model_parallel_layout=_megatron_layout(config, part),
+        deterministic_mode=config.training.deterministic,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         init_method=normal_init(weight_std(config)),
         output_layer_init_method=normal_init(residual_projection_std(config)),
         use_cpu_initialization=not on_cuda(),
+        fp8=None if fp8 == "off" else "hybrid",
+        fp8_recipe="delayed" if fp8 == "off" else fp8,
+        # A frozen base is quantised once: its weights are FP8, without another copy.
+        fp8_param=fp8 != "off" and is_frozen_base(config, part),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=on_cuda(),  # keeps 3 F-wide tensors a token for the backward pass instead of 5
         bias_dropout_fusion=False,
     )
+
+
+def is_frozen_base(config: RunConfig, part: str) -> bool:
+    """Whether `part` is a base that this run does not train."""
+    return part == "base" and config.stage != "base"
+
+
+def fp8_recipe(config: RunConfig, part: str) -> str:
+    """FP8 recipe of `part`; frozen action modules stay in `training.precision`, so that labels are exact."""
+    if is_frozen_base(config, part):
+        return config.training.base_fp8
+    trained = {"base": ("base",), "idm": ("idm", "world_model"), "policy": ("policy",)}[config.stage]
+    return config.training.fp8 if part in trained else "off"
+
+
+def _megatron_layout(config: RunConfig, part: str) -> list[list[str]] | None:
+    """Our placement of a stack of blocks, in Megatron's words; None where there is one stage, or no such stack."""
+    if config.parallel.pipeline_parallel_size == 1 or part == "world_model":
+        return None
+    rows = [["decoder"] * count for count in place_layers(config).layers_by_stage(part)]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    return rows
 
 
 def weight_std(config: RunConfig) -> float:

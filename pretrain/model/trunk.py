@@ -1,43 +1,82 @@
-"""The Llama base: Megatron's GPTModel, opened at the hidden state that CoLA works on.
+"""The Llama base of Megatron's modules, opened at the hidden state that CoLA works on; or a pipeline stage's share.
 
-Shapes: S sequence, B batch, H hidden, V vocabulary (this rank's part).
+Shapes: S sequence, B batch, H hidden, V vocabulary (this rank's part). Between the embedding and the head, S is this
+rank's part under sequence parallelism.
 """
 
+from typing import Any
+
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.config import RunConfig
-from pretrain.model.specs import layer_spec, transformer_config
+from pretrain.model.action_transformer import HEAD_SEED
+from pretrain.model.kernels import block_submodules
+from pretrain.model.specs import seeded, transformer_config
+from pretrain.model.tensor_region import enter_tensor_region
+from pretrain.model.token_loss import frozen_head_losses
+from pretrain.placement import place_layers
 
 
-class LlamaTrunk(GPTModel):
-    """Llama whose forward gives the hidden state after the final norm; the head is a separate step."""
+class LlamaTrunk(MegatronModule):
+    """Embedding (first stage), blocks and final norm (where the last block is), token head (last stage)."""
 
     def __init__(self, config: RunConfig, groups: ProcessGroupCollection) -> None:
-        model = config.model
-        scaling = model.rope_scaling_factor
-        super().__init__(
-            config=transformer_config(config, model.num_layers),
-            transformer_layer_spec=layer_spec(),
-            vocab_size=model.vocab_size,
-            max_sequence_length=config.data.sequence_length,
-            parallel_output=True,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
+        model, layers_by_stage, stage = (
+            config.model,
+            place_layers(config).layers_by_stage("base"),
+            groups.pp.rank(),
+        )
+        trunk_config = transformer_config(config, "base")
+        super().__init__(config=trunk_config)
+        self.tp_group = groups.tp
+        self.has_embedding, self.has_head = stage == 0, stage == groups.pp.size() - 1
+        self.ends_here = sum(layers_by_stage[stage + 1 :]) == 0
+        # A head beyond the last block needs the norm once more: the `reference` world model applies it to its state.
+        self.norm_is_copy = self.ends_here and layers_by_stage[stage] == 0
+        self.num_layers_here = layers_by_stage[stage]
+        self.tied = model.tied_embeddings
+        if self.has_embedding:
+            self.embedding = LanguageModelEmbedding(
+                trunk_config, model.vocab_size, config.data.sequence_length, "rope", tp_group=groups.tp
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            model.head_size,
+            rotary_percent=1.0,
             rotary_base=model.rope_theta,
-            rope_scaling=scaling is not None,
-            rope_scaling_factor=scaling or 1.0,
+            rope_scaling=model.rope_scaling_factor is not None,
+            rope_scaling_factor=model.rope_scaling_factor or 1.0,
+            use_cpu_initialization=trunk_config.use_cpu_initialization,
+            cp_group=groups.cp,
+        )
+        self.decoder = TransformerBlock(
+            config=trunk_config,
+            spec=block_submodules(self.num_layers_here),
+            post_process=self.ends_here,
             pg_collection=groups,
         )
+        if self.has_head and not (self.tied and self.has_embedding):
+            with seeded(torch.initial_seed() + (0 if self.tied else HEAD_SEED)):
+                self.output_layer = ColumnParallelLinear(
+                    model.hidden_size, model.vocab_size, config=trunk_config,
+                    init_method=trunk_config.init_method, bias=False, tp_group=groups.tp,
+                )  # fmt: skip
 
-    def _postprocess(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
-        return hidden_states
+    def hidden(self, tokens_BS: torch.Tensor, state_SBH: torch.Tensor | None = None) -> torch.Tensor:
+        """Run this stage's blocks on the embedded tokens, or on the `state_SBH` of the stage before.
 
-    def hidden(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Hidden states [S, B, H] after the final norm."""
-        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        return self(tokens_BS, positions_BS, attention_mask=None)
+        Returns:
+            [S, B, H], after the final norm if the last block is here.
+        """
+        if self.has_embedding:
+            state_SBH = self.embedding(tokens_BS, position_ids=None)
+        rotary = self.rotary(tokens_BS.shape[1])
+        return self.decoder(hidden_states=state_SBH, attention_mask=None, rotary_pos_emb=rotary)
 
     def rotary(self, sequence_length: int) -> torch.Tensor:
         """Rotary angles of positions 0..S-1, shared by the action modules."""
@@ -47,10 +86,37 @@ class LlamaTrunk(GPTModel):
         """The base's final RMSNorm, which the `reference` world model applies a second time."""
         return self.decoder.final_layernorm(state_SBH)
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The token head's weight [V, H]."""
+        return (
+            self.embedding.word_embeddings.weight
+            if self.tied and self.has_embedding
+            else self.output_layer.weight
+        )
+
     def logits(self, state_SBH: torch.Tensor) -> torch.Tensor:
-        """Token logits [S, B, V] of this rank's part of the vocabulary."""
-        return self.output_layer(state_SBH)[0]
+        """Token logits [S, B, V] of all positions and this rank's part of the vocabulary."""
+        region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
+        return torch.nn.functional.linear(region_SBH, self.head_weight)
 
     def token_losses(self, state_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy [S, B] of each next token, nats."""
-        return self.compute_language_model_loss(labels_BS, self.logits(state_SBH)).transpose(0, 1)
+        """Cross-entropy [S, B] of each next token, nats, fp32."""
+        labels_SB = labels_BS.T.contiguous()
+        if self.head_weight.requires_grad:
+            return vocab_parallel_cross_entropy(self.logits(state_SBH), labels_SB)
+        region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
+        return frozen_head_losses(region_SBH, self.head_weight, labels_SB, self.tp_group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As Megatron's; second copies of a tensor, on another pipeline stage, are marked as such."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        copies = [f"{prefix}decoder.final_layernorm.weight"] if self.norm_is_copy else []
+        if self.tied and not self.has_embedding and self.has_head:
+            copies.append(f"{prefix}output_layer.weight")
+            state[copies[-1]].key = f"{prefix}embedding.word_embeddings.weight"
+        for name in copies:
+            state[name].replica_id = (1, *state[name].replica_id[1:])
+        return state

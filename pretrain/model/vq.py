@@ -18,7 +18,13 @@ class VectorQuantiser(MegatronModule):
 
     def __init__(self, config: TransformerConfig, num_actions: int) -> None:
         super().__init__(config=config)
-        self.codes_AA = torch.nn.Parameter(config.init_method(torch.empty(num_actions, num_actions)))
+        self.codes_AA = torch.nn.Parameter(
+            config.init_method(
+                torch.empty(
+                    num_actions, num_actions, dtype=config.params_dtype, device=torch.cuda.current_device()
+                )
+            )
+        )
 
     def nearest(self, logits_SBA: torch.Tensor) -> torch.Tensor:
         """Index [S, B] of the code nearest to each embedding."""

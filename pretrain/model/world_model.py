@@ -8,17 +8,16 @@ Shapes: S sequence, B batch, H hidden, A actions, F MLP width (this rank's part)
 """
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.config import RunConfig
+from pretrain.model.kernels import column_linear, enter_for_columns, row_linear
 from pretrain.model.specs import InitMethod, normal_init, transformer_config
+from pretrain.model.tensor_region import RegionLinear
 
 
 class MergeLayer(MegatronModule):
@@ -30,33 +29,25 @@ class MergeLayer(MegatronModule):
         super().__init__(config=config)
         self.tp_group = groups.tp
         hidden_size, ffn_hidden_size = config.hidden_size, config.ffn_hidden_size
-
-        def column() -> ColumnParallelLinear:
-            return ColumnParallelLinear(
-                hidden_size, ffn_hidden_size, config=config, init_method=config.init_method, bias=False,
-                tp_group=groups.tp,
-            )  # fmt: skip
-
-        self.gate_state, self.gate_action = column(), column()
-        self.up_state, self.up_action = column(), column()
-        self.down = RowParallelLinear(
-            ffn_hidden_size,
-            hidden_size,
-            config=config,
-            init_method=down_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=groups.tp,
+        self.groups = groups
+        self.gate_state, self.up_state = (
+            column_linear(hidden_size, ffn_hidden_size, config, groups) for _ in range(2)
         )
+        self.gate_action, self.up_action = (
+            RegionLinear(hidden_size, ffn_hidden_size, config, groups) for _ in range(2)
+        )
+        self.down = row_linear(ffn_hidden_size, hidden_size, config, down_init_method, groups)
 
     def forward(
         self, state_SBH: torch.Tensor, one_hot_SBA: torch.Tensor, codes_AH: torch.Tensor
     ) -> torch.Tensor:
-        """The next state [S, B, H]; `one_hot_SBA` selects (and carries gradients to) the actions."""
-        gate_table_AF, up_table_AF = self.gate_action(codes_AH)[0], self.up_action(codes_AH)[0]
-        gate_SBF = self.gate_state(state_SBH)[0] + one_hot_SBA @ gate_table_AF
-        up_SBF = self.up_state(state_SBH)[0] + one_hot_SBA @ up_table_AF
+        """The next state [S, B, H]; `one_hot_SBA` selects (and carries gradients to) the actions.
+
+        Choices and codes are in the tensor region and hold all positions; the state holds this rank's.
+        """
+        input_SBH = enter_for_columns(state_SBH, self.config, self.groups)
+        gate_SBF = self.gate_state(input_SBH)[0] + one_hot_SBA @ self.gate_action(codes_AH)[0]
+        up_SBF = self.up_state(input_SBH)[0] + one_hot_SBA @ self.up_action(codes_AH)[0]
         return state_SBH + self.down(torch.nn.functional.silu(gate_SBF) * up_SBF)[0]
 
 
@@ -84,13 +75,15 @@ class WorldModel(MegatronModule):
     """Codebook and merge layers: (hidden state, action) -> the state the base's head reads."""
 
     def __init__(self, config: RunConfig, groups: ProcessGroupCollection) -> None:
-        layer_config = transformer_config(config, config.actions.num_merge_layers)
+        layer_config = transformer_config(config, "world_model")
         super().__init__(config=layer_config)
         self.tp_group = groups.tp
         num_actions, hidden_size = config.actions.num_actions, config.model.hidden_size
         dtype = layer_config.params_dtype
         self.codebook_AH = torch.nn.Parameter(
-            layer_config.init_method(torch.empty(num_actions, hidden_size, dtype=dtype))
+            layer_config.init_method(
+                torch.empty(num_actions, hidden_size, dtype=dtype, device=torch.cuda.current_device())
+            )
         )
         # Zero at the start of the residual form, so that step 0 is exactly the base.
         down_init = normal_init(0.0) if config.actions.output == "residual" else layer_config.init_method
@@ -98,8 +91,10 @@ class WorldModel(MegatronModule):
 
     def forward(self, hidden_SBH: torch.Tensor, one_hot_SBA: torch.Tensor) -> torch.Tensor:
         """State [S, B, H] after the merge layers."""
-        # Each rank's table rows give part of the gradient of the choice; the copy sums them over the ranks.
-        choice_SBA = copy_to_tensor_model_parallel_region(
-            one_hot_SBA.to(hidden_SBH.dtype), group=self.tp_group
+        # Each rank's table rows give part of the gradient of choice and codes; the copies sum them over the ranks.
+        choice_SBA, codes_AH = (
+            copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
+            for tensor in (one_hot_SBA.to(hidden_SBH.dtype), self.codebook_AH)
         )
-        return self.merge_layers(hidden_SBH, choice_SBA, self.codebook_AH)
+        with get_fp8_context(self.config):
+            return self.merge_layers(hidden_SBH, choice_SBA, codes_AH)

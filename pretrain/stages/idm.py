@@ -16,7 +16,7 @@ from pretrain.actions import (
     usage_entropy_regulariser,
 )
 from pretrain.model.cola import ColaModel
-from pretrain.stages.contract import Batch, Stage, StageLoss
+from pretrain.stages.contract import Batch, Carry, Stage, StageLoss, frozen_hidden
 
 
 class IdmStage(Stage):
@@ -25,12 +25,22 @@ class IdmStage(Stage):
     trained_parts: ClassVar[tuple[str, ...]] = ("idm", "world_model")
     frozen_parts: ClassVar[tuple[str, ...]] = ("base",)
 
-    def loss(self, model: ColaModel, batch: Batch) -> StageLoss:
+    def forward(self, model: ColaModel, batch: Batch, carry: Carry | None) -> Carry | StageLoss:
         """Prediction loss plus regulariser; at evaluation, argmax actions and the base's own loss beside it."""
-        with torch.no_grad():
-            hidden_SBH = model.base.hidden(batch.tokens_BS)
-        rotary = model.base.rotary(batch.tokens_BS.shape[1])
-        idm_logits_SBA = shift_to_previous(model.idm(hidden_SBH, rotary))
+        hidden_SBH = frozen_hidden(model, batch, carry)
+        assert hidden_SBH is not None, "the world model needs it on the last pipeline stage"
+        idm = carry.idm if carry else None
+        if "idm" in model.parts:
+            idm = model.idm(hidden_SBH if idm is None else idm, model.base.rotary(batch.tokens_BS.shape[1]))
+        if not model.base.has_head:
+            return Carry(hidden_SBH, idm)
+        assert idm is not None, "the last pipeline stage follows the whole IDM"
+        return self.loss(model, batch, hidden_SBH, shift_to_previous(idm))
+
+    def loss(
+        self, model: ColaModel, batch: Batch, hidden_SBH: torch.Tensor, idm_logits_SBA: torch.Tensor
+    ) -> StageLoss:
+        """From the base's state and the action logits of each next token, to the loss."""
         choice_SBA, likeliest_SB, regulariser = self.choose(model, idm_logits_SBA, batch)
         losses_SB = prediction_losses(self.config.actions.output, model, hidden_SBH, choice_SBA, batch)
         prediction_loss = masked_mean(losses_SB)

@@ -1,11 +1,17 @@
-"""Run by torchrun on two ranks: every stage under tensor and under data parallelism, and two deliberate faults.
+"""Every stage under every layout, then with faults; each layout is a set of forked processes, one a rank.
 
-torchrun --nproc-per-node 2 layouts_worker.py DATA REFERENCE_RUNS OUTPUT
+    python layouts_worker.py DATA REFERENCE_RUNS OUTPUT
+
+Forked, so that Megatron is imported once; new for each layout, since gloo keeps the threads of every group it made.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
+import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from pretrain import cpu_redirects
@@ -15,42 +21,57 @@ cpu_redirects.apply()
 import torch
 import torch.distributed as dist
 
+import pretrain.model.token_loss
 import pretrain.model.world_model
+import pretrain.pipeline
 import pretrain.stages.idm
+from pretrain.model.norm import RmsNorm
+from pretrain.model.trunk import LlamaTrunk
 from pretrain.run import train
-from tests.pretrain.tiny_runs import STARTS, tiny_recipe
+from pretrain.train_loop import TrainLoop
+from tests.pretrain.layouts import FAULTS, LAYOUTS, Layout, layout_recipe
 
-# The published form: its merge layers do not start at zero, so gradients reach the IDM from the first step.
-ACTIONS = {"output": "reference"}
 WHOLE_NOISE = pretrain.stages.idm.gumbel_noise
+WHOLE_NORM = RmsNorm.__init__
+WHOLE_LOSSES = pretrain.model.token_loss._losses_to_probabilities
+WHOLE_HIDDEN = LlamaTrunk.hidden
 
 
-def train_stages(data: Path, reference: Path, output: Path, tensor_parallel_size: int, *stages: str) -> None:
-    """Train `stages`, each from the one-rank run of the stage before, with the one-rank run's micro-batches."""
-    for stage in stages:
-        start = STARTS[stage]
-        recipe = tiny_recipe(
-            stage,
-            output / stage,
-            data,
-            reference / start if start else None,
-            parallel={"tensor_parallel_size": tensor_parallel_size},
-            training={"micro_batch_size": 2 * tensor_parallel_size},
-            actions=ACTIONS,
+def train_layout(name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
+    """Train the layout's stages on forked ranks; raises if one fails."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=run_rank, args=(rank, name, layout, data, reference, output))
+        for rank in range(layout.ranks)
+    ]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        if any(process.exitcode for process in ranks):
+            for process in ranks:
+                process.terminate()
+        time.sleep(0.05)
+    if any(process.exitcode for process in ranks):
+        raise SystemExit(f"{name}: exit codes {[process.exitcode for process in ranks]}")
+
+
+def run_rank(rank: int, name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
+    """One rank of a layout, from rendezvous to the end of its last stage."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.ranks)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{output}/rendezvous_{name}",
+        rank=rank,
+        world_size=layout.ranks,
+        timeout=timedelta(seconds=120),
+    )
+    for stage in layout.stages:
+        train(
+            layout_recipe(layout, stage, output / name / stage, data, reference),
+            resume=False,
+            overwrite=False,
         )
-        train(recipe, resume=False, overwrite=False)
-
-
-def with_fault(
-    module: object, name: str, fault: Callable[..., torch.Tensor], run: Callable[[], None]
-) -> None:
-    """Run with `module.name` replaced, then put it back."""
-    whole = getattr(module, name)
-    setattr(module, name, fault)
-    try:
-        run()
-    finally:
-        setattr(module, name, whole)
+    dist.destroy_process_group()
 
 
 def noise_by_rank(seed: int, *arguments: object) -> torch.Tensor:
@@ -63,21 +84,83 @@ def without_sum_over_ranks(choice_SBA: torch.Tensor, group: object) -> torch.Ten
     return choice_SBA
 
 
+def unmarked_norm(self: RmsNorm, *arguments: object, **options: object) -> None:
+    """The fault of norms whose gradients Megatron does not sum, since nobody told it to."""
+    WHOLE_NORM(self, *arguments, **options)  # type: ignore[arg-type]
+    self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+
+
+class _Alone:
+    """A tensor-parallel group that thinks it is of one rank."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def rank(self) -> int:
+        """As in the whole group."""
+        return self.group.rank()
+
+    def size(self) -> int:
+        """Wrong."""
+        return 1
+
+
+def losses_of_own_part(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The fault of a softmax over this rank's part of the vocabulary."""
+    return WHOLE_LOSSES(logits_TV, labels_T, _Alone(group))  # type: ignore[arg-type]
+
+
+def hidden_in_another_order(
+    self: LlamaTrunk, tokens_BS: torch.Tensor, state: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The fault of a stage that runs its blocks backwards."""
+    layers = self.decoder.layers
+    whole, self.decoder.layers = layers, torch.nn.ModuleList(reversed(layers))
+    try:
+        return WHOLE_HIDDEN(self, tokens_BS, state)
+    finally:
+        self.decoder.layers = whole
+
+
+PLANTED: dict[str, tuple[object, str, object]] = {
+    "noise_by_rank": (pretrain.stages.idm, "gumbel_noise", noise_by_rank),
+    "choice_gradient_not_summed": (
+        pretrain.model.world_model,
+        "copy_to_tensor_model_parallel_region",
+        without_sum_over_ranks,
+    ),
+    "norm_gradient_not_summed": (RmsNorm, "__init__", unmarked_norm),
+    "boundary_without_gradient": (pretrain.pipeline, "TRAINED_FIELD", {"idm": None}),
+    "label_loss_of_one_vocabulary_part": (
+        pretrain.model.token_loss,
+        "_losses_to_probabilities",
+        losses_of_own_part,
+    ),
+    "layers_in_another_order": (LlamaTrunk, "hidden", hidden_in_another_order),
+}
+
+
+def with_fault(fault: str, run: Callable[[], None]) -> None:
+    """Run with the fault planted, then take it out again."""
+    place, name, planted = PLANTED[fault]
+    whole = getattr(place, name)
+    setattr(place, name, planted)
+    try:
+        run()
+    finally:
+        setattr(place, name, whole)
+
+
 def main() -> None:
-    """All layouts in one launch."""
+    """All layouts and faults in one launch; nothing is saved, which takes longer than the training."""
     data, reference, output = (Path(argument) for argument in sys.argv[1:4])
-    dist.init_process_group("gloo")  # once: the runs below use it one after the other
-    stages = ("base", "idm", "policy")
-    train_stages(data, reference, output / "tensor_parallel", 2, *stages)
-    train_stages(data, reference, output / "data_parallel", 1, *stages)
-
-    def idm(name: str, tensor_parallel_size: int) -> None:
-        train_stages(data, reference, output / name, tensor_parallel_size, "idm")
-
-    with_fault(pretrain.stages.idm, "gumbel_noise", noise_by_rank, lambda: idm("fault_noise", 1))
-    name = "copy_to_tensor_model_parallel_region"
-    with_fault(pretrain.model.world_model, name, without_sum_over_ranks, lambda: idm("fault_gradient", 2))
-    dist.destroy_process_group()
+    TrainLoop.save = lambda self, step: None  # type: ignore[method-assign]
+    for name, layout in LAYOUTS.items():
+        train_layout(name, layout, data, reference, output)
+    for name, layout in FAULTS.items():
+        with_fault(name, lambda n=name, at=layout: train_layout(n, at, data, reference, output))  # type: ignore[misc]
 
 
 if __name__ == "__main__":

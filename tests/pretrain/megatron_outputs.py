@@ -9,8 +9,15 @@ import torch
 
 from pretrain.actions import shift_to_previous
 from pretrain.model.cola import ColaModel
-from pretrain.stages.contract import Batch
+from pretrain.stages.contract import Batch, Stage, StageLoss
 from pretrain.stages.idm import prediction_losses
+
+
+def loss_on_one_rank(stage: Stage, model: ColaModel, batch: Batch) -> StageLoss:
+    """One micro-batch where one pipeline stage holds everything."""
+    result = stage.forward(model, batch, None)
+    assert isinstance(result, StageLoss)
+    return result
 
 
 @dataclass

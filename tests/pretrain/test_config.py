@@ -49,9 +49,112 @@ BAD_FIELDS: list[tuple[str, Any, int, str]] = [
     ("optimizer.beta2", -0.5, 1, "below 1, got -0.5"),
     ("optimizer.epsilon", 0.0, 1, "must be positive, got 0.0"),
     ("optimizer.clip_gradient_norm", 0.0, 1, "must be positive, got 0.0"),
-    ("parallel.tensor_parallel_size", 0, 2, "0 does not divide the 2 ranks"),
-    ("parallel.tensor_parallel_size", 2, 3, "2 does not divide the 3 ranks"),
+    (
+        "parallel.tensor_parallel_size",
+        0,
+        2,
+        "0 x parallel.pipeline_parallel_size 1 does not divide the 2 ranks",
+    ),
+    (
+        "parallel.tensor_parallel_size",
+        2,
+        3,
+        "2 x parallel.pipeline_parallel_size 1 does not divide the 3 ranks",
+    ),
     ("parallel.tensor_parallel_size", 4, 4, "2 is not divisible by parallel.tensor_parallel_size 4"),
+    (
+        "parallel.pipeline_parallel_size",
+        0,
+        2,
+        "parallel.pipeline_parallel_size 0 does not divide the 2 ranks",
+    ),
+    ("parallel.pipeline_parallel_size", 4, 4, "4 stages for 3 layers"),
+    ("parallel.pipeline_layout", "base*1 idm*1", 1, "places base*1 idm*1, the model has base*2 idm*1"),
+    ("parallel.pipeline_layout", "base*2 | idm*1", 1, "has 2 stages for parallel.pipeline_parallel_size 1"),
+    ("parallel.sequence_parallel", True, 1, "of which there is one"),
+    ("actions.regulariser_coefficient", -0.1, 1, "must be 0 or more, got -0.1"),
+    ("actions.regulariser_coefficient", math.nan, 1, "must be 0 or more, got nan"),
+    ("model.max_position_embeddings", 16, 1, "32 exceeds model.max_position_embeddings 16"),
+    ("training.non_finite_steps", -1, 1, "must be 0 or more, got -1"),
+    ("training.base_micro_batch_size", 0, 1, "must be positive, got 0"),
+    ("training.base_micro_batch_size", 6, 1, "6 must be a multiple of training.micro_batch_size 4"),
+    ("training.base_micro_batch_size", 16, 1, "divide the 8 sequences of a rank's step"),
+    ("training.fp8", "tensorwise", 1, "tensorwise needs training.precision bf16, got fp32"),
+    ("training.base_fp8", "tensorwise", 1, "tensorwise needs training.precision bf16, got fp32"),
+]
+# Fields that are wrong only together: stage, changes, ranks, how the line begins.
+BAD_TOGETHER: list[tuple[str, dict[str, Any], int, str]] = [
+    (
+        "idm",
+        {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": True, "data.sequence_length": 31},
+        2,
+        "data.sequence_length: 31 is not divisible by parallel.tensor_parallel_size 2",
+    ),
+    (
+        "base",
+        {"parallel.pipeline_parallel_size": 2, "parallel.pipeline_layout": "base*2 |"},
+        2,
+        "parallel.pipeline_layout: the last stage of a base run must hold base layers",
+    ),
+    (
+        "base",
+        {"parallel.pipeline_parallel_size": 2, "model.tied_embeddings": True},
+        2,
+        "parallel.pipeline_parallel_size: tied embeddings are trained on one pipeline stage only",
+    ),
+    (
+        "base",
+        {"training.base_micro_batch_size": 8},
+        1,
+        "training.base_micro_batch_size: a frozen base runs apart",
+    ),
+    (
+        "idm",
+        {"training.base_micro_batch_size": 8, "parallel.pipeline_parallel_size": 2},
+        2,
+        "training.base_micro_batch_size: a frozen base runs apart",
+    ),
+    (
+        "base",
+        {"training.precision": "bf16", "training.base_fp8": "tensorwise"},
+        1,
+        "training.base_fp8: is for a frozen base",
+    ),
+    (
+        "idm",
+        {"training.precision": "bf16", "training.base_fp8": "tensorwise", "training.fp8": "delayed"},
+        1,
+        "training.base_fp8: tensorwise beside training.fp8 delayed: one Transformer Engine recipe a run",
+    ),
+    (
+        "idm",
+        {"training.precision": "bf16", "training.fp8": "tensorwise", "model.hidden_size": 24},
+        1,
+        "model.hidden_size: 24 is not a multiple of 16",
+    ),
+    (
+        "idm",
+        {"training.precision": "bf16", "training.base_fp8": "blockwise"},
+        1,
+        "model.hidden_size: 32 is not a multiple of 128",
+    ),
+    (
+        "idm",
+        {
+            "training.precision": "bf16",
+            "training.fp8": "tensorwise",
+            "model.ffn_hidden_size": 48,
+            "parallel.tensor_parallel_size": 2,
+        },
+        2,
+        "model.ffn_hidden_size / parallel.tensor_parallel_size: 24 is not a multiple of 16",
+    ),
+    (
+        "idm",
+        {"training.precision": "bf16", "training.fp8": "tensorwise", "data.sequence_length": 31},
+        1,
+        "data.sequence_length: times training.micro_batch_size must be a multiple of 8",
+    ),
 ]
 # Not by themselves, but together with two tensor-parallel ranks.
 INDIVISIBLE_BY_TWO = ("model.vocab_size", "model.ffn_hidden_size", "actions.num_actions")
@@ -86,6 +189,40 @@ def test_a_bad_field_is_one_line_that_names_it(name: str, value: Any, world_size
     for problem in problems:
         assert "\n" not in problem and problem.split(": ")[0] in field_names()
     assert any(name in problem for problem in problems if says in problem)
+
+
+@pytest.mark.parametrize(("stage", "changes", "world_size", "begins"), BAD_TOGETHER)
+def test_fields_that_do_not_go_together_are_told(
+    stage: str, changes: dict[str, Any], world_size: int, begins: str
+) -> None:
+    """In one line that begins with the field to change."""
+    config = with_field(good_recipe(stage), "training.micro_batch_size", 4)
+    for name, value in changes.items():
+        config = with_field(config, name, value)
+    if world_size > 1:  # so that the batch divides however the ranks are used
+        config = with_field(config, "training.global_batch_size", 4 * world_size)
+    problems = find_problems(config, world_size)
+    assert any(problem.startswith(begins) for problem in problems), problems
+    assert all("\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.pipeline_parallel_size": 2},
+        {"parallel.pipeline_parallel_size": 2, "parallel.pipeline_layout": "base*2 | idm*1"},
+        {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": True},
+        {"training.base_micro_batch_size": 4},
+        {"training.precision": "bf16", "training.fp8": "tensorwise", "training.base_fp8": "tensorwise"},
+        {"model.tied_embeddings": True, "parallel.pipeline_parallel_size": 2},
+    ],
+)
+def test_layouts_and_fp8_are_no_problem_where_they_fit(changes: dict[str, Any]) -> None:
+    """The same checks, on two ranks, with nothing to say."""
+    config = with_field(good_recipe(), "training.micro_batch_size", 4)
+    for name, value in changes.items():
+        config = with_field(config, name, value)
+    assert find_problems(config, 2) == []
 
 
 def field_names() -> set[str]:
@@ -138,7 +275,9 @@ def test_what_a_stage_cannot_have_is_said(stage: str, field: str, value: object,
 
 def test_zero_is_allowed_where_it_means_something() -> None:
     config = good_recipe()
-    for name in ("optimizer.warmup_steps", "optimizer.min_learning_rate", "optimizer.weight_decay", "seed"):
+    names = ("optimizer.warmup_steps", "optimizer.min_learning_rate", "optimizer.weight_decay", "seed",
+             "actions.regulariser_coefficient", "training.non_finite_steps")  # fmt: skip
+    for name in names:
         config = with_field(config, name, 0)
     assert find_problems(config, 1) == []
 

@@ -48,14 +48,13 @@ def test_full_size_figures_are_the_known_ones() -> None:
     known = {
         14.496: [idm["base forward"], policy["base forward"]],
         1.812: [idm["idm forward"] - action_head, policy["idm forward"] - action_head],
-        3.574: [idm["idm backward"] - 2 * action_head],
-        3.624: [policy["policy forward"] - action_head],
-        7.197: [policy["policy backward"] - 2 * action_head],
+        3.624: [idm["idm backward"] - 2 * action_head, policy["policy forward"] - action_head],
+        7.248: [policy["policy backward"] - 2 * action_head],
         1.051: [idm["head forward"], idm["head input gradient"]],
     }
     for figure, found in known.items():
         assert found == pytest.approx([figure] * len(found), abs=0.0006)
-    assert sum(policy.values()) == pytest.approx(27.13, abs=0.01)
+    assert sum(policy.values()) == pytest.approx(27.18, abs=0.01)
 
 
 def test_merge_layers_need_less_than_on_the_concatenation() -> None:
@@ -73,7 +72,7 @@ def test_merge_layers_need_less_than_on_the_concatenation() -> None:
     assert idm["merge backward"] == pytest.approx(
         2 * idm["merge forward"] - input_gradients_of_the_first_layer
     )
-    assert sum(idm.values()) < 25.51
+    assert sum(idm.values()) == pytest.approx(23.935, abs=0.001)
 
 
 def recipe(stage: str) -> RunConfig:
@@ -104,29 +103,28 @@ def counted(config: RunConfig, context: ParallelContext) -> tuple[float, float]:
 def not_needed(config: RunConfig) -> tuple[float, float]:
     """What torch counts beyond the method's needs, forward and backward, a token."""
     model, actions = config.model, config.actions
-    query_size = model.num_attention_heads * model.head_size
-    key_value_size = model.num_key_value_heads * model.head_size
-    masked_half = 2 * query_size * S  # of the scores and of the weighted values
+    masked_half = (
+        2 * model.num_attention_heads * model.head_size * S
+    )  # of the scores and of the weighted values
     if config.stage == "base":
         return model.num_layers * masked_half, 2 * model.num_layers * masked_half
-    # Megatron's linear layers always pass a gradient to their input, also where it is the frozen base's.
-    to_base_qkv = 2 * model.hidden_size * (query_size + 2 * key_value_size)
     if config.stage == "policy":
         blocks = model.num_layers + actions.num_idm_layers + actions.num_policy_layers
-        return blocks * masked_half, 2 * actions.num_policy_layers * masked_half + to_base_qkv
-    to_base_merge = 2 * 2 * model.hidden_size * model.ffn_hidden_size
+        return blocks * masked_half, 2 * actions.num_policy_layers * masked_half
     # The action's rows of gate and up, made once a micro-batch: 8192 tokens at full size, 96 here.
     table = 2 * 2 * model.hidden_size * model.ffn_hidden_size * actions.num_actions
     tables = actions.num_merge_layers * table / (B * S)
     return (
         (model.num_layers + actions.num_idm_layers) * masked_half + tables,
-        2 * actions.num_idm_layers * masked_half + 2 * tables + to_base_qkv + to_base_merge,
+        2 * actions.num_idm_layers * masked_half + 2 * tables,
     )
 
 
 def split(flops: dict[str, float]) -> tuple[float, float]:
-    """Forward and backward sums."""
-    forward = sum(value for name, value in flops.items() if "forward" in name)
+    """Sums of what runs in the forward and in the backward pass; the frozen head makes its gradient beside its loss."""
+    forward = sum(
+        value for name, value in flops.items() if "forward" in name or name == "head input gradient"
+    )
     return forward, sum(flops.values()) - forward
 
 
@@ -142,7 +140,8 @@ def test_a_running_model_does_what_is_said(context: ParallelContext, stage: str)
 
 @pytest.mark.parametrize("stage", ["idm", "policy"])
 @pytest.mark.parametrize(
-    "fault", ["full attention", "base trained too", "input gradient of the first block", "one layer more"]
+    "fault",
+    ["full attention", "base trained too", "no input gradient of the first product", "one layer more"],
 )
 def test_a_wrong_convention_shows(context: ParallelContext, stage: str, fault: str) -> None:
     """The fault twins: each is outside of one per cent of what is counted."""
@@ -156,9 +155,9 @@ def test_a_wrong_convention_shows(context: ParallelContext, stage: str, fault: s
         flops["base forward"] += config.model.num_layers * 2 * query_size * S
     elif fault == "base trained too":
         flops["base backward"] = 2 * flops["base forward"]
-    elif fault == "input gradient of the first block":
+    elif fault == "no input gradient of the first product":
         key_value_size = config.model.num_key_value_heads * config.model.head_size
-        flops[f"{stage} backward"] += 2 * config.model.hidden_size * (query_size + 2 * key_value_size)
+        flops[f"{stage} backward"] -= 2 * config.model.hidden_size * (query_size + 2 * key_value_size)
     else:
         wider = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=4))
         flops = flops_per_token(wider)

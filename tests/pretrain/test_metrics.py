@@ -31,9 +31,8 @@ def test_a_step_is_the_mean_of_its_micro_batches_and_a_line_that_of_its_steps(
     context: ParallelContext,
 ) -> None:
     means = MeanOfSteps(context)
-    assert means.add_step([micro_batch(1.0), micro_batch(4.0)]) == pytest.approx(
-        {"loss": 2.5, "regulariser": 0.25}
-    )
+    means.add_step([micro_batch(1.0), micro_batch(4.0)])
+    assert means.summary() == pytest.approx({"loss": 2.5, "regulariser": 0.25})
     means.add_step([micro_batch(5.0), micro_batch(6.0)])
     assert means.summary() == pytest.approx({"loss": 4.0, "regulariser": 0.4})
 

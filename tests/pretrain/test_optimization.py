@@ -40,7 +40,7 @@ def build(
     stage = stage_class(config)
     model = ColaModel(config, context.groups, (*stage.frozen_parts, *stage.trained_parts))
     model.freeze_all_but(stage.trained_parts)
-    ddp = wrap_for_data_parallel(model)
+    ddp = wrap_for_data_parallel(model, context)
     return model, ddp, build_optimizer(config, ddp)
 
 

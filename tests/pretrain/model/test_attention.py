@@ -41,7 +41,7 @@ def explicit_attention(fault: str = "none") -> torch.Tensor:
 
 def attention() -> torch.Tensor:
     """What the module under test gives."""
-    config = transformer_config(tiny_recipe("base", Path("run"), Path("data")), 1)
+    config = transformer_config(tiny_recipe("base", Path("run"), Path("data")), "world_model")
     module = ScaledDotProductCoreAttention(config, 1, AttnMaskType.causal, "self")
     return module(*random_inputs(), attention_mask=None)
 

@@ -18,7 +18,7 @@ RESIDUAL_PROJECTIONS = ("linear_proj", "linear_fc2")
 
 def build(context: ParallelContext, *parts: str, seed: int = 0) -> ColaModel:
     """The reference form, in which no part starts with zeros."""
-    recipe = tiny_recipe("idm", Path("run"), Path("data"), Path("base"), actions={"output": "reference"})
+    recipe = tiny_recipe("policy", Path("run"), Path("data"), Path("idm"), actions={"output": "reference"})
     torch.manual_seed(99)
     return ColaModel(type(recipe)(**(vars(recipe) | {"seed": seed})), context.groups, parts)
 

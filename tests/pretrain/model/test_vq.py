@@ -22,7 +22,7 @@ S, B, A = 7, 3, 16
 def quantiser() -> VectorQuantiser:
     """Codes of unlike lengths, so that nearest and best aligned differ."""
     recipe = tiny_recipe("idm", Path("run"), Path("data"), Path("base"), actions={"assignment": "vq"})
-    quantiser = VectorQuantiser(transformer_config(recipe, 1), A)
+    quantiser = VectorQuantiser(transformer_config(recipe, "world_model"), A)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         lengths_A1 = torch.linspace(0.2, 3.0, A)[:, None]

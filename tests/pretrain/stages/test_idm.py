@@ -17,6 +17,7 @@ from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch, Stage, StageLoss
 from pretrain.stages.idm import count_actions, prediction_losses
 from pretrain.stages.registry import stage_class
+from tests.pretrain.megatron_outputs import loss_on_one_rank
 from tests.pretrain.tiny_runs import VOCAB_SIZE, tiny_recipe
 
 S, B, A = 12, 3, 16
@@ -62,7 +63,7 @@ def trained(request: pytest.FixtureRequest, context: ParallelContext) -> tuple[S
 
 def loss_of(stage: Stage, model: ColaModel, batch: Batch | None = None) -> StageLoss:
     """Of one micro-batch."""
-    return stage.loss(model, batch or random_batch())
+    return loss_on_one_rank(stage, model, batch or random_batch())
 
 
 def test_residual_form_starts_with_the_loss_of_the_base(context: ParallelContext) -> None:

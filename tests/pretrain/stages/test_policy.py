@@ -10,6 +10,7 @@ from pretrain.actions import shift_to_previous
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Stage
+from tests.pretrain.megatron_outputs import loss_on_one_rank
 from tests.pretrain.stages.test_idm import (
     A,
     B,
@@ -46,7 +47,7 @@ def test_loss_is_the_cross_entropy_with_the_action_read_one_token_later(
     """Over the positions that have one; unshifted labels, the fault twin, give another loss."""
     stage, model = policy
     policy_SBA, idm_SBA = logits(model)
-    found = stage.loss(model, random_batch())
+    found = loss_on_one_rank(stage, model, random_batch())
     torch.testing.assert_close(found.loss.detach(), cross_entropy(policy_SBA[:-1], idm_SBA[1:].argmax(-1)))
     for faulty_SB in (idm_SBA[:-1].argmax(-1), idm_SBA[1:].argmax(-1).roll(1, dims=1)):
         assert not torch.isclose(found.loss.detach(), cross_entropy(policy_SBA[:-1], faulty_SB), rtol=1e-3)
@@ -59,8 +60,8 @@ def test_labels_have_no_noise(policy: tuple[Stage, ColaModel]) -> None:
     stage, model = policy
     batch = random_batch()
     model.train()
-    first = stage.loss(model, batch)
-    second = stage.loss(model, batch._replace(sample_index_B=batch.sample_index_B + 1))
+    first = loss_on_one_rank(stage, model, batch)
+    second = loss_on_one_rank(stage, model, batch._replace(sample_index_B=batch.sample_index_B + 1))
     model.eval()
     assert torch.equal(first.loss, second.loss)
     _, idm_SBA = logits(model)
@@ -72,7 +73,7 @@ def test_labels_have_no_noise(policy: tuple[Stage, ColaModel]) -> None:
 def test_only_the_policy_has_gradients(policy: tuple[Stage, ColaModel]) -> None:
     stage, model = policy
     model.zero_grad()
-    stage.loss(model, random_batch()).loss.backward()
+    loss_on_one_rank(stage, model, random_batch()).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith("policy."), name
 
@@ -85,10 +86,10 @@ def test_a_policy_equal_to_the_shifted_idm_is_always_right(
     _, idm_SBA = logits(model)
     own_loss = losses_by_position(stage, model, random_batch())[:-1].mean()
     monkeypatch.setattr(model.policy, "forward", lambda hidden, rotary: shift_to_previous(idm_SBA))
-    means = stage.loss(model, random_batch()).means
+    means = loss_on_one_rank(stage, model, random_batch()).means
     assert float(means["action_accuracy"]) == 1.0
     torch.testing.assert_close(means["prediction_loss"], own_loss)
     monkeypatch.setattr(model.policy, "forward", lambda hidden, rotary: idm_SBA)
-    means = stage.loss(model, random_batch()).means
+    means = loss_on_one_rank(stage, model, random_batch()).means
     assert float(means["action_accuracy"]) < 0.9
     assert not torch.isclose(means["prediction_loss"], own_loss, rtol=1e-3)

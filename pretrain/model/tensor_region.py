@@ -1,0 +1,45 @@
+"""Entering the region in which every tensor-parallel rank holds a share of the weights.
+
+Done once for all the products that read one tensor, where Megatron's own layers would each communicate.
+Shapes: S sequence, B batch, H hidden.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def enter_tensor_region(
+    state_SBH: torch.Tensor, config: TransformerConfig, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """All positions [S, B, H] on every rank; in the backward pass the ranks' gradients are summed."""
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(state_SBH, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(state_SBH, group=group)
+
+
+class RegionLinear(ColumnParallelLinear):
+    """A column-parallel product of a tensor that is in the region already; without bias, output left split.
+
+    Megatron's own always computes a gradient for its input; this one skips it for an input that needs none, the
+    frozen base's state.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(
+            input_size, output_size, config=config, init_method=config.init_method, bias=False,
+            disable_grad_reduce=True, tp_group=groups.tp,
+        )  # fmt: skip
+        self.sequence_parallel = False
+
+    def forward(self, input_SBH: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """This rank's columns [S, B, columns], first of a pair as in Megatron's linear layers."""
+        return torch.nn.functional.linear(input_SBH, self.weight), None
