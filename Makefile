@@ -13,9 +13,10 @@ STAMP := .venv/installed
 DEMO ?=
 BENCH ?=
 ABLATION ?=
+DOCTOR ?=
 TEST ?=
 
-.PHONY: help setup demo ablation test bench-data bench-tokenizers format check clean-demo
+.PHONY: help setup demo ablation doctor test bench-data bench-tokenizers bench-train bench-gpu format check clean-demo
 
 help: ## this list
 	@echo "CoLA on Megatron-core: a frozen Llama with 64 latent actions."
@@ -43,6 +44,9 @@ demo: $(STAMP) ## the whole way on this machine, corpora to report.html; re-run 
 ablation: $(STAMP) ## compares output forms, regularisers and assignments on the demo's data
 	@$(PYTHON) demo/run_ablation.py $(ABLATION)
 
+doctor: $(STAMP) ## can this machine train, what is used, what is missing (DOCTOR=RECIPE.yaml)
+	@$(PYTHON) -m pretrain.doctor $(DOCTOR)
+
 # One thread a process: the tests start several processes of their own on the same cores.
 test: $(STAMP) ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TEST)
@@ -61,6 +65,12 @@ bench-data: $(BENCH_STAMP) ## corpora to shards, beside the usual loop and datat
 
 bench-tokenizers: $(BENCH_STAMP) ## tokenizer libraries by kind of text, for exactness and speed (an hour)
 	$(PYTHON) benchmarks/tokenizer_bench.py $(BENCH)
+
+bench-train: $(STAMP) ## both stages beside plain PyTorch and full training (15 minutes; BENCH=--help)
+	$(PYTHON) benchmarks/train_bench.py $(BENCH)
+
+bench-gpu: $(STAMP) ## both stages on one GPU, beside the ceiling of its matrix products (BENCH=--help)
+	$(PYTHON) benchmarks/gpu_bench.py $(BENCH)
 
 format: $(STAMP) ## rewrites the code in the house format
 	$(PYTHON) -m ruff format .

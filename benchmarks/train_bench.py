@@ -101,7 +101,7 @@ class TrainBench:
 
     def __init__(self, config: TrainBenchConfig) -> None:
         self.config = config
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = 1 if config.small else len(os.sched_getaffinity(0))
         self.log = config.work / "log.txt"
         self.steps = config.warmup_steps + config.steps
         self.recipes: dict[StageName, Path] = {}

@@ -62,6 +62,8 @@ class WayReport:
 
     libraries_gib: float
     """Resident memory before the model was built."""
+    threads: int = 0
+    """Of torch, in the steps."""
     seconds: list[float] = field(default_factory=list)
     """Wall time."""
     losses: list[float] = field(default_factory=list)
@@ -76,6 +78,7 @@ class WayReport:
         started = time.perf_counter()
         loss = step()
         self.seconds.append(time.perf_counter() - started)
+        self.threads = torch.get_num_threads()
         self.losses.append(loss)
         self.peak_gib.append(memory_gib("VmHWM"))
 
@@ -258,7 +261,9 @@ def run(config: WorkerConfig) -> None:
 def main() -> None:
     """Entry point."""
     config = tyro.cli(WorkerConfig, description=__doc__)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(cores)  # without it the trainer would take one thread
+    torch.set_num_threads(cores)  # torch read the variable when it was imported
     run(config)
 
 

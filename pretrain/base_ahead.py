@@ -16,8 +16,8 @@ import torch
 from pretrain.model.cola import ColaModel
 from pretrain.stages.contract import Batch
 
+# One hides the reduction of gradients, one the gathering of parameters.
 GROUPS_AHEAD = 2
-"""One hides the reduction of gradients, one the gathering of parameters."""
 
 
 class BaseAhead(Iterator[Batch]):

@@ -9,16 +9,19 @@ them and holds the fingerprints of the trained and the frozen tensors. A checkpo
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
 from data_prep.output_files import partial_path, write_json_whole
@@ -74,6 +77,16 @@ class RunOrigin:
     """As in `CheckpointDescription`."""
     data_fingerprint: str
     """As in `CheckpointDescription`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFingerprints:
+    """Of the tensors that a run does not train."""
+
+    saved: dict[str, str]
+    """As the checkpoint they came from recorded them."""
+    held: dict[str, str]
+    """As the run holds them after loading; others than `saved` where the base is quantised to FP8."""
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -153,9 +166,11 @@ def save(
         for name in ("weights", "optimizer"):
             (partial / name).mkdir(parents=True)
     dist.barrier()
-    weights = sharded_weights(model, trained_parts)
+    weights = sharded_weights(model, trained_parts, scales=True)
     make_savable(optimizer)
-    optimizer_state = optimizer.sharded_state_dict(weights, metadata=_OPTIMIZER_FORMAT)
+    optimizer_state = optimizer.sharded_state_dict(
+        sharded_weights(model, trained_parts), metadata=_OPTIMIZER_FORMAT
+    )
     dist_checkpointing.save(weights, str(partial / "weights"))
     dist_checkpointing.save({"optimizer": optimizer_state}, str(partial / "optimizer"))
     if dist.get_rank() == 0:
@@ -182,41 +197,74 @@ def save(
     return final
 
 
-def sharded_weights(model: ColaModel, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Megatron sharded state of `parts`, without Transformer Engine's extra states (empty without delayed scaling)."""
+def sharded_weights(model: ColaModel, parts: tuple[str, ...], scales: bool = False) -> dict[str, Any]:
+    """Megatron sharded state of `parts`; with `scales`, also Transformer Engine's extra states where they matter.
+
+    They do under delayed scaling, whose maxima of past steps are in them; else they hold only the recipe.
+    """
     state: dict[str, Any] = {}
     for part in (part for part in parts if part in model.parts):
-        state |= getattr(model, part).sharded_state_dict(prefix=f"{part}.")
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        module = getattr(model, part)
+        keep = scales and has_delayed_scales(module.config)
+        whole = module.sharded_state_dict(prefix=f"{part}.")
+        state |= {name: value for name, value in whole.items() if keep or not name.endswith("_extra_state")}
+    return state
 
 
-def load_parts(model: ColaModel, parts: tuple[str, ...], checkpoint: Path) -> None:
-    """Load the weights of `parts` from wherever `checkpoint` says they are. Collective.
+def has_delayed_scales(config: TransformerConfig) -> bool:
+    """Whether the linear layers of a part scale by the maxima of past steps, which belong to a run's state."""
+    return config.fp8 is not None and config.fp8_recipe == "delayed"
+
+
+def load_parts(
+    model: ColaModel, parts: tuple[str, ...], checkpoint: Path, scales: bool = False
+) -> dict[str, str]:
+    """Load `parts` from wherever `checkpoint` says they are; a resumed run loads its `scales` too. Collective.
+
+    Returns:
+        Fingerprints of what was loaded: as the model then holds it, but of FP8 weights as they were before.
 
     Raises:
         UserError: if a part is nowhere, files are damaged, or a tensor is missing or has another shape.
     """
-    places = locate_parts(checkpoint)
+    places, found = locate_parts(checkpoint), dict[str, str]()
     for part in parts:
         if part not in places:
             raise UserError(f"{checkpoint}: has no trained '{part}', nor has any run it started from")
-        requested = sharded_weights(model, (part,))
-        folder = places[part] / "weights"
-        loaded = _load(requested, folder)
+        loaded = _load(sharded_weights(model, (part,), scales), places[part] / "weights")
+        quantised = is_quantised(model, part)
+        if quantised:  # now, for the model will hold others
+            found |= model_fingerprints(model, (part,), loaded)
         answer = model.load_state_dict(loaded, strict=False)
         assert not answer.unexpected_keys, answer.unexpected_keys
+        if not quantised:
+            found |= model_fingerprints(model, (part,))
+    return found
 
 
-def load_checked(model: ColaModel, parts: tuple[str, ...], checkpoint: Path) -> dict[str, str]:
+def load_checked(
+    model: ColaModel, parts: tuple[str, ...], checkpoint: Path, scales: bool = False
+) -> dict[str, str]:
     """`load_parts`, and check every tensor against the fingerprint that `checkpoint` recorded. Collective.
 
     Returns:
         The fingerprints.
     """
-    load_parts(model, parts, checkpoint)
-    found = model_fingerprints(model, parts)
+    found = load_parts(model, parts, checkpoint, scales)
     check_fingerprints(read_description(checkpoint).fingerprints, found, str(checkpoint))
     return found
+
+
+def load_frozen(model: ColaModel, parts: tuple[str, ...], checkpoint: Path) -> FrozenFingerprints:
+    """`load_checked` of parts that stay as they are. Collective."""
+    saved = load_checked(model, parts, checkpoint)
+    quantised = tuple(part for part in parts if is_quantised(model, part))
+    return FrozenFingerprints(saved=saved, held=saved | model_fingerprints(model, quantised))
+
+
+def is_quantised(model: ColaModel, part: str) -> bool:
+    """Whether weights of `part` are held in FP8 only, so that they are no longer those of the checkpoint."""
+    return part in model.parts and bool(getattr(model, part).config.fp8_param)
 
 
 def load_optimizer(
@@ -237,9 +285,14 @@ def _load(requested: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
-def model_fingerprints(model: ColaModel, parts: tuple[str, ...]) -> dict[str, str]:
-    """Fingerprints of `parts` as they are in memory. Collective."""
-    return fingerprint_tensors(sharded_weights(model, parts))
+def model_fingerprints(
+    model: ColaModel, parts: tuple[str, ...], instead: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, str]:
+    """Fingerprints of `parts` as they are in memory; of `instead` for the tensors that it names. Collective."""
+    state = sharded_weights(model, parts)
+    for name, value in (instead or {}).items():
+        state[name].data = value
+    return fingerprint_tensors(state)
 
 
 def check_fingerprints(expected: dict[str, str], found: dict[str, str], where: str) -> None:

@@ -1,9 +1,9 @@
 """The one module that knows that Megatron-core expects CUDA.
 
 Importing `megatron.core` on a machine without a GPU works; running it does not, because device names are written
-literally in its schedules, optimizer and checkpoint writer. `apply()` points those places at the CPU and hides a
-Transformer Engine that is importable (its kernels are CUDA only, yet Megatron would choose them). It does nothing
-where CUDA is present, so one code path serves a laptop and a cluster. Call it before the first Megatron import.
+literally in its schedules, optimizer and checkpoint writer. `apply()` points those places at the CPU and hides
+Transformer Engine and NVIDIA's apex (their kernels are CUDA only, yet Megatron chooses them where they import). It does
+nothing where CUDA is present, so one code path serves a laptop and a cluster. Call it before the first Megatron import.
 """
 
 import functools
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from pretrain.backends import find_apex
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 _applied = False
@@ -30,6 +32,11 @@ def training_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
+def weight_device() -> torch.device | None:
+    """Where new weights are made: this process's CUDA device, else wherever torch makes tensors by default."""
+    return training_device() if on_cuda() else None
+
+
 def apply() -> None:
     """Redirect Megatron's CUDA assumptions to the CPU. Idempotent; a no-op where CUDA is present."""
     global _applied
@@ -37,7 +44,7 @@ def apply() -> None:
         return
     _applied = True
     warnings.filterwarnings("ignore", module="megatron")  # advice about CUDA libraries that cannot help here
-    _hide_transformer_engine()
+    _hide_gpu_only_packages()
     _redirect_device_queries()
     _redirect_random_state()
     # `with torch.device("meta")` (transformers loads models so) recognises factories by a set it makes on first use;
@@ -49,9 +56,13 @@ def apply() -> None:
     _redirect_megatron_random()
 
 
-def _hide_transformer_engine() -> None:
-    if "transformer_engine" not in sys.modules:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+def _hide_gpu_only_packages() -> None:
+    """Have imports fail, but of what is imported already. A foreign apex stays, to be found and refused."""
+    names = ["transformer_engine"]
+    if find_apex()[0] in ("nvidia", "incomplete"):
+        names += ["apex", "amp_C"]
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _redirect_device_queries() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factories, is_main_replica
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from pretrain.counter_hash import GOLDEN_GAMMA, mix64
 
@@ -19,15 +20,20 @@ _CHUNK_ELEMENTS = 1 << 24
 def fingerprint_tensors(sharded_state: ShardedStateDict) -> dict[str, str]:
     """Fingerprint of every tensor of a Megatron sharded state dict, over all ranks (a collective call).
 
+    An FP8 tensor has the fingerprint of the values that its bytes and scales stand for.
+
     Returns:
         Hexadecimal fingerprints by checkpoint key; layers that share a key are told apart as `key[layer]`.
     """
-    apply_factories(sharded_state)  # splits fused tensors into the shards a checkpoint would hold
     sums: dict[str, int] = {}
-    for shard in _sharded_tensors(sharded_state):
-        if is_main_replica(shard.replica_id):
-            name = _tensor_name(shard)
-            sums[name] = sums.get(name, 0) + _shard_sum(shard)
+    for entry, value in sharded_state.items():
+        # Splits fused tensors into the shards a checkpoint would hold; one entry at a time, for it may take copies.
+        state = {entry: value}
+        apply_factories(state)
+        for shard in _sharded_tensors(state):
+            if is_main_replica(shard.replica_id):
+                name = _tensor_name(shard)
+                sums[name] = sums.get(name, 0) + _shard_sum(shard)
     return {name: f"{total % 2**64:016x}" for name, total in sorted(_sum_over_ranks(sums).items())}
 
 
@@ -52,7 +58,8 @@ def _shard_sum(shard: ShardedTensor) -> int:
     """Sum of mixed elements of one shard, each counted at its place in the whole tensor."""
     axes = shard.prepend_axis_num
     global_shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
-    data = shard.data.detach().contiguous()
+    data = dequantize_fp8_tensor(shard.data) if is_float8tensor(shard.data) else shard.data
+    data = data.detach().contiguous()
     bits = data.view(_BITS_VIEW[data.element_size()]).flatten()
     total = 0
     for first in range(0, bits.numel(), _CHUNK_ELEMENTS):

@@ -125,12 +125,12 @@ def build_loop(
     stage_type = stage_class(config)
     model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
     model.freeze_all_but(stage_type.trained_parts)
-    frozen_fingerprints = {}
+    frozen = checkpointing.FrozenFingerprints(saved={}, held={})
     if origin.start is not None:
-        frozen_fingerprints = checkpointing.load_checked(model, stage_type.frozen_parts, origin.start)
+        frozen = checkpointing.load_frozen(model, stage_type.frozen_parts, origin.start)
     begin = newest or (checkpointing.resolve_checkpoint(config.init_from) if config.init_from else None)
     if begin is not None:
-        checkpointing.load_checked(model, stage_type.trained_parts, begin)
+        checkpointing.load_checked(model, stage_type.trained_parts, begin, scales=newest is not None)
     ddp = wrap_for_data_parallel(model, context)
     optimizer = build_optimizer(config, ddp)
     if newest is not None:
@@ -144,7 +144,7 @@ def build_loop(
         build_scheduler(config, optimizer, first_step),
         samples,
         origin,
-        frozen_fingerprints,
+        frozen,
     )
 
 

@@ -35,12 +35,12 @@ class TrainLoop:
         scheduler: OptimizerParamScheduler,
         samples: tuple[IndexedSamples, IndexedSamples],
         origin: checkpointing.RunOrigin,
-        frozen_fingerprints: dict[str, str],
+        frozen: checkpointing.FrozenFingerprints,
     ) -> None:
         self.config, self.context, self.stage = config, context, stage
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.train_samples, self.validation_samples = samples
-        self.origin, self.frozen_fingerprints = origin, frozen_fingerprints
+        self.origin, self.frozen = origin, frozen
         self.total_flops_per_token = sum(flops_per_token(config).values())
         self.pipeline = Pipeline(config, context, model)
         self.ahead: BaseAhead | None = None
@@ -184,7 +184,7 @@ class TrainLoop:
         self.finish_parameters()
         model = self.model.module
         frozen = checkpointing.model_fingerprints(model, self.stage.frozen_parts)
-        checkpointing.check_fingerprints(self.frozen_fingerprints, frozen, f"step {step}, frozen tensors")
+        checkpointing.check_fingerprints(self.frozen.held, frozen, f"step {step}, frozen tensors")
         trained = checkpointing.model_fingerprints(model, self.stage.trained_parts)
         checkpointing.save(
             self.config,
@@ -193,5 +193,5 @@ class TrainLoop:
             self.stage.trained_parts,
             step,
             self.origin,
-            frozen | trained,
+            self.frozen.saved | trained,
         )

@@ -14,8 +14,8 @@ from pretrain.model.kernels import block_submodules
 from pretrain.model.specs import seeded, transformer_config
 from pretrain.placement import place_layers
 
+# Added to a part's seed for its head, beyond the numbers of its blocks.
 HEAD_SEED = 900
-"""Added to a part's seed for its head, beyond the numbers of its blocks."""
 
 
 class ActionTransformer(MegatronModule):

@@ -9,6 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.actions import masked_mean
+from pretrain.cpu_redirects import weight_device
 
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, section 3.2
 
@@ -20,9 +21,7 @@ class VectorQuantiser(MegatronModule):
         super().__init__(config=config)
         self.codes_AA = torch.nn.Parameter(
             config.init_method(
-                torch.empty(
-                    num_actions, num_actions, dtype=config.params_dtype, device=torch.cuda.current_device()
-                )
+                torch.empty(num_actions, num_actions, dtype=config.params_dtype, device=weight_device())
             )
         )
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.config import RunConfig
+from pretrain.cpu_redirects import weight_device
 from pretrain.model.kernels import column_linear, enter_for_columns, row_linear
 from pretrain.model.specs import InitMethod, normal_init, transformer_config
 from pretrain.model.tensor_region import RegionLinear
@@ -82,7 +83,7 @@ class WorldModel(MegatronModule):
         dtype = layer_config.params_dtype
         self.codebook_AH = torch.nn.Parameter(
             layer_config.init_method(
-                torch.empty(num_actions, hidden_size, dtype=dtype, device=torch.cuda.current_device())
+                torch.empty(num_actions, hidden_size, dtype=dtype, device=weight_device())
             )
         )
         # Zero at the start of the residual form, so that step 0 is exactly the base.

@@ -19,12 +19,12 @@ Kind = Literal[
     "activations", "base hidden states", "logits of the token loss", "work of one block", "runtime",
 ]  # fmt: skip
 GIB = 2**30
+# As pretrain.model.token_loss.CHUNK_TOKENS, which cannot be imported without torch.
 CHUNK_TOKENS = 1024
-"""As pretrain.model.token_loss.CHUNK_TOKENS, which cannot be imported without torch."""
+# As pretrain.base_ahead.GROUPS_AHEAD: runs of the frozen base whose hidden states are kept, on one pipeline stage.
 GROUPS_AHEAD = 2
-"""As pretrain.base_ahead.GROUPS_AHEAD: runs of the frozen base whose hidden states are kept, on one pipeline stage."""
+# CUDA context, communication buffers, fragments: a usual figure, not a measured one.
 RUNTIME_BYTES = 4_000_000_000
-"""CUDA context, communication buffers, fragments: a usual figure, not a measured one."""
 _FP32_BYTES = 4
 
 

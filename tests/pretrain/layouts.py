@@ -57,6 +57,9 @@ def _matrix() -> dict[str, Layout]:
 LAYOUTS = {name: layout for name, layout in _matrix().items() if layout.ranks > 1}
 """All of TP {1, 2, 2 with SP} x PP {1, 2, 4} x DP {1, 2}."""
 
+SAVED = "tp2_sp_pp2_dp1"
+"""The layout whose checkpoints one rank goes on from."""
+
 FAULTS = {
     "noise_by_rank": Layout(data=2, stages=("idm",)),
     "choice_gradient_not_summed": Layout(tensor=2, stages=("idm",)),
@@ -68,7 +71,9 @@ FAULTS = {
 """Each is a mistake that a layout can make, planted by tests/pretrain/layouts_worker.py."""
 
 
-def layout_recipe(layout: Layout, stage: str, run_folder: Path, data: Path, reference: Path) -> RunConfig:
+def layout_recipe(
+    layout: Layout, stage: str, run_folder: Path, data: Path, reference: Path, steps: int = STEPS
+) -> RunConfig:
     """The run of `stage` under `layout`, from the one-rank run of the stage before; published form.
 
     Its merge layers do not start at zero, so gradients reach the IDM from the first step.
@@ -88,7 +93,7 @@ def layout_recipe(layout: Layout, stage: str, run_folder: Path, data: Path, refe
             "pipeline_layout": dict(layout.layouts).get(stage),
         },
         training={
-            "steps": STEPS,
+            "steps": steps,
             "global_batch_size": GLOBAL_BATCH_SIZE,
             # the usage regulariser is that of a micro-batch over all data-parallel ranks
             "micro_batch_size": layout.micro_batch_size // layout.data,

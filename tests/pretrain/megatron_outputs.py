@@ -51,11 +51,14 @@ class MegatronOutputs:
         """World-model logits [B, S, V] by the stage's own path to the head."""
         captured: list[torch.Tensor] = []
         base = self.model.base
-        hook = base.output_layer.register_forward_hook(
-            lambda *arguments: captured.append(arguments[2][0].clone())
-        )
+
+        def capture(state_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+            captured.append(base.logits(state_SBH))
+            return torch.zeros(captured[0].shape[:2])
+
+        base.token_losses = capture  # type: ignore[method-assign]
         one_hot = torch.nn.functional.one_hot(actions_BS.T, self.model.world_model.codebook_AH.shape[0])
         batch = Batch(self.tokens_BS, self.tokens_BS, torch.arange(len(self.tokens_BS)))
         prediction_losses(self.output_form, self.model, self.hidden_SBH, one_hot.float(), batch)
-        hook.remove()
+        del base.token_losses
         return captured[0].transpose(0, 1)

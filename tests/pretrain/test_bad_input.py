@@ -47,7 +47,11 @@ def test_missing_data(tmp_path: Path) -> None:
         (r"model\.vocab_size: 512 is smaller than the 1024 tokens", "model", {"vocab_size": 512}),
         (r"data\.sequence_length: 7000 tokens is more than .* hold", "data", {"sequence_length": 7000}),
         (r"training\.steps: 9999 steps need .* samples .* holds", "training", {"steps": 9999}),
-        (r"tensor_parallel_size: 3 does not divide the 1 ranks", "parallel", {"tensor_parallel_size": 3}),
+        (
+            r"tensor_parallel_size: 3 x .* does not divide the 1 ranks",
+            "parallel",
+            {"tensor_parallel_size": 3},
+        ),
         (r"global_batch_size: 8 is not divisible by", "training", {"micro_batch_size": 3}),
     ],
 )

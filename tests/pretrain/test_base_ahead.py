@@ -9,7 +9,7 @@ import torch
 from pretrain.base_ahead import GROUPS_AHEAD, BaseAhead
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
-from pretrain.stages.contract import Batch
+from pretrain.stages.contract import Batch, frozen_hidden
 from tests.pretrain.tiny_runs import VOCAB_SIZE, tiny_recipe
 
 B, S, MICRO_BATCHES = 2, 12, 7
@@ -60,3 +60,23 @@ def test_no_more_than_two_groups_wait(model: ColaModel) -> None:
         ahead.run_ahead()
     assert len(ahead.ready) == GROUPS_AHEAD
     assert next(source).sample_index_B[0] == 2 * GROUPS_AHEAD
+
+
+def test_the_base_keeps_nothing_for_a_backward_pass(model: ColaModel) -> None:
+    """Not a byte, ahead or in time; a base that is trained, the twin, keeps its activations."""
+
+    def kept_elements(stage: str) -> int:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+            batch = next(batches())
+            if stage == "ahead":
+                BaseAhead(batches(), model, group_size=2).run_ahead()
+            elif stage == "in time":
+                frozen_hidden(model, batch, None)
+            else:
+                model.base.hidden(batch.tokens_BS)
+        return sum(kept)
+
+    assert kept_elements("ahead") == kept_elements("in time") == 0
+    model.freeze_all_but(("base",))
+    assert kept_elements("trained") > 0

@@ -1,6 +1,7 @@
 """One rank is the reference: every stage trains alike under tensor, sequence, pipeline and data parallelism."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pretrain.layouts import FAULTS, LAYOUTS, Layout, layout_recipe
+from tests.pretrain.layouts import FAULTS, LAYOUTS, SAVED, STEPS, Layout, layout_recipe
 from tests.pretrain.tiny_runs import STARTS, series, train_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,26 @@ def test_every_layout_uses_the_same_actions(runs: Path, layout: str) -> None:
         series(runs / layout / "idm", "action_fractions"),
     )
     assert np.abs(found - expected).max() < 0.01
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STARTS)
+def test_one_rank_goes_on_where_another_layout_stopped(
+    runs: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Weights and optimizer state pass between layouts; without the latter, the twin, the run takes another way."""
+    ends = {}
+    for name, start in (("own", "one_rank"), ("other", SAVED), ("twin", SAVED)):
+        run = runs / f"resumed_{name}" / stage
+        shutil.copytree(runs / start / stage, run)
+        with monkeypatch.context() as patch:
+            if name == "twin":
+                patch.setattr("pretrain.checkpointing.load_optimizer", lambda *_: None)
+            recipe = layout_recipe(Layout(), stage, run, tiny_blend, runs / "one_rank", steps=STEPS + 2)
+            train_in_process(recipe, resume=True)
+        ends[name] = series(run, "loss")[STEPS:]
+    assert np.abs(ends["other"] / ends["own"] - 1).max() < LOSS_TOLERANCE
+    assert np.abs(ends["twin"] / ends["own"] - 1).max() > 20 * LOSS_TOLERANCE
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from pretrain.placement import place_layers
 from tests.pretrain.layouts import FOUR_STAGES
 from tests.pretrain.tiny_runs import MODEL, SEQUENCE_LENGTH, tiny_recipe
 
-HIDDEN_SIZE = int(MODEL["hidden_size"])  # type: ignore[call-overload]
+HIDDEN_SIZE = int(MODEL["hidden_size"])
 STATE = (SEQUENCE_LENGTH, 4, HIDDEN_SIZE)
 
 

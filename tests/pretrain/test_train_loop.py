@@ -120,3 +120,22 @@ def test_the_base_micro_batch_size_changes_nothing(tmp_path: Path, tiny_blend: P
         losses[name] = series(tmp_path / name, "loss")
     assert abs(losses["alone"] / losses["together"] - 1).max() < 1e-6
     assert abs(losses["alone"] / losses["twin"] - 1).max() > 1e-4
+
+
+def test_loader_processes_give_the_same_samples(tmp_path: Path, tiny_blend: Path) -> None:
+    """Two processes load what none does; samples of another seed, the twin, are others."""
+    losses = {}
+    for name, workers, seed in (("none", 0, 42), ("two", 2, 42), ("twin", 2, 43)):
+        config = tiny_recipe(
+            "base",
+            tmp_path / name,
+            tiny_blend,
+            data={"loader_workers": workers},
+            training={"steps": 3},
+            validation={"interval_steps": 10},
+            checkpoint={"interval_steps": 10},
+        )
+        train_in_process(type(config)(**(vars(config) | {"seed": seed})))
+        losses[name] = series(tmp_path / name, "loss")
+    assert (losses["none"] == losses["two"]).all()
+    assert (losses["none"] != losses["twin"]).all()
