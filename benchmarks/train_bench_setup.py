@@ -19,8 +19,8 @@ from data_prep.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from pretrain.config import CONFIG_FILE, ActionConfig, ModelConfig, RunConfig, StageName
 from pretrain.recipes import dump_recipe, recipe_from_fields
 
+# The stage whose checkpoint each stage starts from.
 START_OF: dict[StageName, StageName | None] = {"base": None, "idm": "base", "policy": "idm"}
-"""The stage whose checkpoint each stage starts from."""
 # One more than a step reads ahead, so that the last timed step has as much to do as the others.
 SPARE_STEPS = 2
 

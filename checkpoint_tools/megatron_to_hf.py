@@ -36,6 +36,7 @@ from pretrain.checkpointing import (
 )
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.model.cola import ColaModel
+from pretrain.model.kernels import local_name
 from pretrain.parallel import parallel_context
 from pretrain.recipes import recipe_from_fields
 
@@ -120,11 +121,13 @@ def export(config: ExportConfig) -> None:
 
 def gather_weights(recipe: RunConfig, checkpoint: Path, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """All tensors of `parts` under their Hugging Face names, from `checkpoint` and the runs it started from."""
-    on_one_rank = replace(recipe, parallel=ParallelConfig())
+    # Without FP8: on a GPU the base would be quantised as it is loaded.
+    in_precision = replace(recipe.training, fp8="off", base_fp8="off")
+    on_one_rank = replace(recipe, parallel=ParallelConfig(), training=in_precision)
     with parallel_context(tensor_parallel_size=1, seed=recipe.seed) as context:
         model = ColaModel(on_one_rank, context.groups, parts)
         load_checked(model, parts, checkpoint)
-        state = {name: value.detach() for name, value in model.named_parameters()}
+        state = {local_name(name): value.detach() for name, value in model.named_parameters()}
     return to_huggingface(weight_rules(recipe.model, recipe.actions, parts), state)
 
 

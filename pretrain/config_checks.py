@@ -183,13 +183,26 @@ def _precision_problems(config: RunConfig) -> Iterator[str]:
         )
     if any(recipe != "off" for recipe in chosen.values()):
         multiple = 128 if "blockwise" in chosen.values() else 16
+        model, parallel = config.model, config.parallel
+        ranks = max(parallel.tensor_parallel_size, 1)
         sizes = {
-            "model.hidden_size": config.model.hidden_size,
-            "model.ffn_hidden_size / parallel.tensor_parallel_size": config.model.ffn_hidden_size
-            // max(config.parallel.tensor_parallel_size, 1),
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_hidden_size / parallel.tensor_parallel_size": model.ffn_hidden_size // ranks,
+            "model.num_attention_heads * model.head_size / parallel.tensor_parallel_size": (
+                model.num_attention_heads * model.head_size // ranks
+            ),
+            "(model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_size / "
+            "parallel.tensor_parallel_size": (
+                (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_size // ranks
+            ),
         }
         for name, size in sizes.items():
             if size % multiple:
                 yield f"{name}: {size} is not a multiple of {multiple}, as FP8 products need"
-        if config.data.sequence_length * training.micro_batch_size % 8:
-            yield "data.sequence_length: times training.micro_batch_size must be a multiple of 8 for FP8 products"
+        # The tokens are the long side of a weight's gradient; under sequence parallelism each rank quantises its own.
+        tokens = config.data.sequence_length * training.micro_batch_size
+        if tokens // (ranks if parallel.sequence_parallel else 1) % 16:
+            yield (
+                "data.sequence_length: times training.micro_batch_size must be a multiple of 16 for FP8 products, "
+                "on each rank where parallel.sequence_parallel shares it"
+            )

@@ -1,6 +1,7 @@
 """Whose modules the model is made of: Transformer Engine's where it can run, else Megatron's local ones and ours.
 
-Both kinds have the same tensors under the same checkpoint names, so weights pass between them.
+Both kinds have the same tensors under the same checkpoint names, so weights pass between them; only the names of two
+norms differ in the module (`local_name`).
 Shapes: S sequence, B batch, H hidden.
 """
 
@@ -25,11 +26,25 @@ from pretrain.model.norm import RmsNorm
 from pretrain.model.specs import InitMethod, seeded
 from pretrain.model.tensor_region import RegionLinear, enter_tensor_region
 
+# Transformer Engine keeps these norms in the linear layers that they feed.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
 
 @cache
 def uses_transformer_engine() -> bool:
     """True where models are built of Transformer Engine's modules."""
     return find_backends().layer_spec == "transformer_engine"
+
+
+def local_name(parameter_name: str) -> str:
+    """The name of a parameter as it is in a model of the local modules, whoever's modules it is in."""
+    for fused, own in _FUSED_NORMS.items():
+        if parameter_name.endswith(f".{fused}"):
+            return parameter_name.removesuffix(fused) + own
+    return parameter_name
 
 
 class SelfSeededLayer(TransformerLayer):
@@ -92,9 +107,11 @@ def row_linear(
     groups: ProcessGroupCollection,
 ) -> torch.nn.Module:
     """A row-parallel product out of the tensor region; returned first of a pair."""
-    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+    linear = RowParallelLinear
+    if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
-    linear = TERowParallelLinear if uses_transformer_engine() else RowParallelLinear
+        linear = TERowParallelLinear
     return linear(
         input_size, output_size, config=config, init_method=init_method, bias=False,
         input_is_parallel=True, skip_bias_add=False, is_expert=False, tp_group=groups.tp,

@@ -1,4 +1,7 @@
-"""A run begun on a GPU goes on on a CPU and the other way round: weights and optimizer state are the same files."""
+"""Runs go on where they stopped, in FP8 too; a run begun on a GPU goes on on a CPU and the other way round.
+
+Weights and optimizer state are the same files, whichever modules wrote them.
+"""
 
 import shutil
 from pathlib import Path
@@ -37,6 +40,22 @@ def test_a_run_changes_devices(begins_on: Device, goes_on: Device, tiny_blend: P
     np.testing.assert_allclose(moved, stayed, rtol=LOSS_DIFFERENCE)
     first = series(begun.run_folder, "loss")[: len(moved)]
     assert not np.allclose(first, stayed, rtol=LOSS_DIFFERENCE)
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "delayed", "blockwise"], indirect=True)
+def test_an_fp8_run_goes_on(fp8: str, base_run: Path, tiny_blend: Path, tmp_path: Path) -> None:
+    """With the losses of a run that was not interrupted, base in FP8 as well; the twin, its first losses, differ."""
+    precision = {"fp8": fp8, "base_fp8": "off" if fp8 == "delayed" else fp8}
+    losses = {}
+    for name, lengths in (("straight", [ALL_STEPS]), ("resumed", [FIRST_STEPS, ALL_STEPS])):
+        for steps in lengths:
+            config = gpu_recipe("idm", tmp_path / name, tiny_blend, base_run, steps=steps, **precision)
+            train(config, "gpu", "--resume")
+        losses[name] = series(tmp_path / name, "prediction_loss")
+    resumed = losses["resumed"][FIRST_STEPS:]
+    assert len(resumed) == ALL_STEPS - FIRST_STEPS
+    np.testing.assert_allclose(resumed, losses["straight"][FIRST_STEPS:], rtol=LOSS_DIFFERENCE)
+    assert not np.allclose(losses["straight"][: len(resumed)], resumed, rtol=LOSS_DIFFERENCE)
 
 
 @pytest.mark.parametrize("fp8", ["tensorwise", "delayed"], indirect=True)

@@ -153,7 +153,7 @@ BAD_TOGETHER: list[tuple[str, dict[str, Any], int, str]] = [
         "idm",
         {"training.precision": "bf16", "training.fp8": "tensorwise", "data.sequence_length": 31},
         1,
-        "data.sequence_length: times training.micro_batch_size must be a multiple of 8",
+        "data.sequence_length: times training.micro_batch_size must be a multiple of 16",
     ),
 ]
 # Not by themselves, but together with two tensor-parallel ranks.

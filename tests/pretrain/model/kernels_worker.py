@@ -11,6 +11,7 @@ constructed, loaded and saved on a CPU once torch says that there is CUDA; only 
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ cpu_redirects.apply()
 
 from megatron.core import dist_checkpointing
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
@@ -33,7 +35,7 @@ from pretrain.backends import Backends
 from pretrain.config import RunConfig
 from pretrain.model import kernels, specs
 from pretrain.model.cola import ColaModel
-from pretrain.optimization import wrap_for_data_parallel
+from pretrain.optimization import build_optimizer, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, parallel_context
 from pretrain.recipes import recipe_fields
 from pretrain.stages.registry import stage_class
@@ -98,6 +100,42 @@ def exchange(model: ColaModel, config: RunConfig, folder: Path, own: str, other:
     return result
 
 
+def exchange_optimizer(context: ParallelContext, folder: Path, own: str, other: str) -> dict[str, Any]:
+    """Load the state of the other kind's AdamW, or take a step from random gradients; save it unless that was done."""
+    config = replace(recipe("base"), run_folder=folder / f"{own}_optimizer")
+    model = build(context, config)
+    ddp = wrap_for_data_parallel(model, context)
+    optimizer = build_optimizer(config, ddp)
+    result: dict[str, Any] = {"fresh": optimizer_sums(optimizer)}
+    if (folder / f"{other}_optimizer").is_dir():
+        checkpoint = checkpointing.resolve_checkpoint(folder / f"{other}_optimizer")
+        checkpointing.load_optimizer(model, optimizer, ("base",), checkpoint)
+    else:
+        for buffer in ddp.buffers:
+            buffer.grad_data.normal_(generator=torch.Generator().manual_seed(6))
+        optimizer.step()
+    result["held"] = optimizer_sums(optimizer)
+    if not config.run_folder.is_dir():
+        origin = checkpointing.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
+        checkpointing.save(config, model, optimizer, ("base",), 1, origin, {})
+    return result
+
+
+def optimizer_sums(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Kind of AdamW, its step, and for each master weight the sums of it and of its two moments, in any order."""
+    sums, steps, kinds = [], set(), set()
+    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adamw = distributed.optimizer
+        kinds.add(type(adamw).__name__)
+        for group in adamw.param_groups:
+            for master in group["params"]:
+                state = adamw.state.get(master, {})
+                steps.add(int(state.get("step", group.get("step", 0))))
+                tensors = (master, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state))
+                sums.append([float(tensor.detach().double().sum()) for tensor in tensors])
+    return {"kinds": sorted(kinds), "steps": sorted(steps), "sums": sorted(sums)}
+
+
 def error_of_loading(model: ColaModel, parts: tuple[str, ...], checkpoint: Path, scales: bool = False) -> str:
     """What is said against `checkpoint`."""
     try:
@@ -108,15 +146,11 @@ def error_of_loading(model: ColaModel, parts: tuple[str, ...], checkpoint: Path,
 
 
 def checksum(model: ColaModel) -> dict[str, float]:
-    """Sum of squares by parameter, under names that both kinds share; independent of the fingerprints."""
-    renamed = (("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-               ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"))  # fmt: skip
-    sums = {}
-    for name, parameter in model.named_parameters():
-        for theirs, ours in renamed:
-            name = name.replace(theirs, ours)
-        sums[name] = float(parameter.detach().double().square().sum())
-    return sums
+    """Sum of squares by parameter, under the local modules' names; independent of the fingerprints."""
+    return {
+        kernels.local_name(name): float(parameter.detach().double().square().sum())
+        for name, parameter in model.named_parameters()
+    }
 
 
 def describe(model: ColaModel) -> dict[str, Any]:
@@ -190,7 +224,8 @@ def main() -> None:
             pretend_cuda()
         config = recipe("policy")
         model = build(context, config)
-        result = {"kind": kind, "exchange": exchange(model, config, folder, kind, other)}
+        result = {"exchange": exchange(model, config, folder, kind, other)}
+        result["optimizer"] = exchange_optimizer(context, folder, kind, other)
         result["stages"] = {stage: describe(build(context, recipe(stage))) for stage in ("base", "idm")}
         result["stages"]["policy"] = describe(model)
         if WITH_TRANSFORMER_ENGINE:

@@ -156,6 +156,22 @@ def test_either_reads_the_others_checkpoints(
     )
 
 
+@pytest.mark.parametrize(
+    ("reader", "writer"), [("transformer_engine", "first"), ("last", "transformer_engine")]
+)
+def test_either_goes_on_with_the_others_optimizer(
+    reader: str, writer: str, built: dict[str, dict[str, Any]]
+) -> None:
+    """The step, master weights and moments of torch's AdamW and of Transformer Engine's; the twin is a new one."""
+    read, written = built[reader]["optimizer"], built[writer]["optimizer"]
+    kinds = {"transformer_engine": ["FusedAdam"]}
+    assert read["held"]["kinds"] == kinds.get(reader, ["AdamW"]) != written["held"]["kinds"]
+    for name in ("steps", "sums"):
+        assert read["held"][name] == written["held"][name]
+        assert read["fresh"][name] != read["held"][name]
+    assert read["held"]["steps"] == [1]
+
+
 CLASSES = {
     "tensorwise": "Float8CurrentScaling",
     "blockwise": "Float8BlockScaling",
