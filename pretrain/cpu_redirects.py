@@ -45,6 +45,7 @@ def apply() -> None:
     _applied = True
     warnings.filterwarnings("ignore", module="megatron")  # advice about CUDA libraries that cannot help here
     _hide_gpu_only_packages()
+    _leave_functions_uncompiled()
     _redirect_device_queries()
     _redirect_random_state()
     # `with torch.device("meta")` (transformers loads models so) recognises factories by a set it makes on first use;
@@ -54,6 +55,9 @@ def apply() -> None:
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
     _redirect_tensor_methods()
     _redirect_megatron_random()
+    _shorten_swiglu_backward()
+    _shorten_rotation()
+    _skip_lone_collectives()
 
 
 def _hide_gpu_only_packages() -> None:
@@ -115,6 +119,69 @@ def _redirect_megatron_random() -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+
+def _leave_functions_uncompiled() -> None:
+    """Have `torch.compile`, with which Megatron marks its fused functions, do nothing: minutes for small models."""
+    os.environ.setdefault(
+        "TORCHDYNAMO_DISABLE", "1"
+    )  # read when the compiler is imported, which most runs never do
+    if "torch._dynamo.config" in sys.modules:
+        sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]
+
+
+def _shorten_swiglu_backward() -> None:
+    """Megatron spells SwiGLU's gradient out for a compiler; as it stands it takes fourteen passes, so four."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    def swiglu_back(gradient: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_and_up.chunk(2, -1)
+        gradients = torch.empty_like(gate_and_up)
+        gate_gradient, up_gradient = gradients.chunk(2, -1)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient)
+        torch.mul(gradient, torch.nn.functional.silu(gate), out=up_gradient)
+        return gradients
+
+    fused_bias_swiglu.swiglu_back = swiglu_back
+
+
+def _shorten_rotation() -> None:
+    """Megatron takes cosines and sines anew for queries and keys of every block, and copies what it does not turn."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def rotate(heads: torch.Tensor, angles: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        assert angles.shape[-1] == heads.shape[-1], "every channel of a head is turned"
+        tables = getattr(angles, "tables", None)
+        if tables is None:  # one tensor of angles serves all blocks of a stack
+            tables = angles.tables = angles.cos(), angles.sin()  # type: ignore[attr-defined]
+        cosine, sine = (table.to(heads.dtype) for table in tables)
+        first, second = heads.chunk(2, -1)
+        return torch.addcmul(heads * cosine, torch.cat((-second, first), -1), sine)
+
+    rope_utils._apply_rotary_pos_emb_bshd = rotate
+
+
+def _skip_lone_collectives() -> None:
+    """A group of one has nothing to reduce or gather, but gloo copies the whole buffers all the same, twice over."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _only_in_company(getattr(buffers, name)))
+
+
+def _only_in_company(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a collective whose input is, in a group of one, already its output."""
+
+    @functools.wraps(collective)
+    def on_several_ranks(
+        output: torch.Tensor, tensor: torch.Tensor, *args: Any, group: Any, **kwargs: Any
+    ) -> Any:
+        if group.size() > 1:
+            return collective(output, tensor, *args, group=group, **kwargs)
+        assert output.data_ptr() == tensor.data_ptr(), "Megatron's buffers are sharded in place"
+        return None
+
+    return on_several_ranks
 
 
 def use_one_thread_a_rank() -> None:

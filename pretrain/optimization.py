@@ -64,7 +64,12 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
     )
     # An explicit map also switches off Megatron's default of no decay on norms and other vectors.
     overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}
-    return get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
+    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(distributed.optimizer, torch.optim.AdamW):  # neither Transformer Engine's nor apex's
+            for group in distributed.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 class NonFiniteError(RuntimeError):

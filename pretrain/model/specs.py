@@ -66,7 +66,7 @@ def transformer_config(config: RunConfig, part: str) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=on_cuda(),  # keeps 3 F-wide tensors a token for the backward pass instead of 5
+        bias_activation_fusion=True,  # keeps 3 F-wide tensors a token for the backward pass instead of 5
         bias_dropout_fusion=False,
     )
 

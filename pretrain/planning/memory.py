@@ -108,7 +108,7 @@ def _passing_memory(config: RunConfig, gpus: int, placement: Placement, stage: i
         kinds["logits of the token loss"] = (
             logit_tokens * logit_bytes * model.vocab_size / parallel.tensor_parallel_size
         )
-    block_bytes = 2 * hidden_bytes + 5 * value_bytes * model.ffn_hidden_size / parallel.tensor_parallel_size
+    block_bytes = 2 * hidden_bytes + 4 * value_bytes * model.ffn_hidden_size / parallel.tensor_parallel_size
     kinds["work of one block"] = max(base_tokens, tokens) * block_bytes
     return kinds
 
@@ -120,7 +120,7 @@ def _saved_bytes_a_token(config: RunConfig, placement: Placement, stage: int) ->
     value_bytes = 2 if config.training.precision == "bf16" else _FP32_BYTES
     query_size = model.num_attention_heads * model.head_size
     key_value_size = model.num_key_value_heads * model.head_size
-    inner = 4 * query_size + 3 * key_value_size + 5 * model.ffn_hidden_size
+    inner = 4 * query_size + 3 * key_value_size + 3 * model.ffn_hidden_size
     statistics = _FP32_BYTES * model.num_attention_heads / tensor_size  # attention's log-sum-exp
     block = value_bytes * (4 * model.hidden_size / share + inner / tensor_size) + statistics
     saved = block * getattr(placement.stages[stage], config.stage)
