@@ -4,8 +4,7 @@ Weights, gradients and optimizer state are exact up to the padding of Megatron's
 backward pass of the trained parts keeps, without recomputation and with attention that stores no scores. A token of a
 decoder block keeps its input and its normed input before attention and before the MLP (4 H), queries and keys after
 rotation, the product that the values are part of, attention's output as it was and in order, and of the SwiGLU gate
-and up as one product, the activated gate, up once more and what they multiply to (5 F); a merge layer keeps its input
-and 4 F. Frozen parts keep nothing.
+and up as one product and what they multiply to (3 F); a merge layer keeps its input and 4 F. Frozen parts keep nothing.
 """
 
 from typing import Literal
