@@ -6,7 +6,17 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("torch", "megatron-core", "numpy", "pyarrow", "tokenizers", "sentencepiece", "fastokens", "orjson", "xxhash")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "sentencepiece",
+    "fastokens",
+    "orjson",
+    "xxhash",
+)
 
 
 def describe_machine() -> dict[str, object]:
