@@ -146,7 +146,7 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
             for parameter in (p for group in adamw.param_groups for p in group["params"]):
                 zeros = torch.zeros_like(parameter)
                 adamw.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),  # where fused AdamW wants it
                     "exp_avg": zeros,
                     "exp_avg_sq": zeros.clone(),
                 }
