@@ -89,8 +89,9 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Most resident memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most resident memory of this program; ru_maxrss would begin with that of the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def main() -> None:
