@@ -65,11 +65,19 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
     # An explicit map also switches off Megatron's default of no decay on norms and other vectors.
     overrides = {ParamKey(name=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}
     optimizer = get_megatron_optimizer(megatron_config, [ddp], config_overrides=overrides)
-    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(distributed.optimizer, torch.optim.AdamW):  # neither Transformer Engine's nor apex's
-            for group in distributed.optimizer.param_groups:
-                group["fused"] = True
+    for distributed in _with_torch_adamw(optimizer):
+        for group in distributed.optimizer.param_groups:
+            group["fused"] = True
     return optimizer
+
+
+def _with_torch_adamw(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers inside whose AdamW is torch's, neither Transformer Engine's nor apex's."""
+    return [
+        distributed
+        for distributed in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(distributed.optimizer, torch.optim.AdamW)
+    ]
 
 
 class NonFiniteError(RuntimeError):
@@ -124,14 +132,13 @@ def make_savable(optimizer: MegatronOptimizer) -> None:
     Megatron 0.16.1 reads the step from torch's AdamW's state, which such ranks do not have (the first pipeline stages
     of a frozen base, or a data-parallel rank whose share is empty), and saves rank 0's.
     """
-    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for distributed in _with_torch_adamw(optimizer):
         adamw = distributed.optimizer
-        if isinstance(adamw, torch.optim.AdamW):
-            own = [float(state["step"]) for key, state in adamw.state.items() if torch.is_tensor(key)]
-            step = torch.tensor(max(own, default=0.0), device=training_device())
-            dist.all_reduce(step, op=dist.ReduceOp.MAX)
-            if not own:
-                adamw.state[_NO_TENSOR_HERE] = {"step": step}  # type: ignore[index]
+        own = [float(state["step"]) for key, state in adamw.state.items() if torch.is_tensor(key)]
+        step = torch.tensor(max(own, default=0.0), device=training_device())
+        dist.all_reduce(step, op=dist.ReduceOp.MAX)
+        if not own:
+            adamw.state[_NO_TENSOR_HERE] = {"step": step}
 
 
 def make_loadable(optimizer: MegatronOptimizer) -> None:
@@ -140,19 +147,18 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
     Megatron 0.16.1 then asks for the step before there is any state, does not expect torch's step entry among the
     tensors it restores, and gives all parameters one step tensor, which AdamW counts up once for each of them.
     """
-    for distributed in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for distributed in _with_torch_adamw(optimizer):
         adamw = distributed.optimizer
-        if isinstance(adamw, torch.optim.AdamW):
-            for parameter in (p for group in adamw.param_groups for p in group["params"]):
-                zeros = torch.zeros_like(parameter)
-                adamw.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),  # where fused AdamW wants it
-                    "exp_avg": zeros,
-                    "exp_avg_sq": zeros.clone(),
-                }
-            if not adamw.state:
-                adamw.state[_NO_TENSOR_HERE] = {"step": torch.zeros(())}  # type: ignore[index]
-            distributed._set_main_param_and_optimizer_states = partial(_restore_all_but_step, distributed)
+        for parameter in (p for group in adamw.param_groups for p in group["params"]):
+            zeros = torch.zeros_like(parameter)
+            adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),  # where fused AdamW wants it
+                "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone(),
+            }
+        if not adamw.state:
+            adamw.state[_NO_TENSOR_HERE] = {"step": torch.zeros(())}
+        distributed._set_main_param_and_optimizer_states = partial(_restore_all_but_step, distributed)
 
 
 def _restore_all_but_step(

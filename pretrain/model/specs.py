@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pretrain.config import RunConfig
 from pretrain.cpu_redirects import on_cuda
 from pretrain.placement import place_layers
+from pretrain.planning.parameters import trained_parts
 
 InitMethod = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,8 +81,7 @@ def fp8_recipe(config: RunConfig, part: str) -> str:
     """FP8 recipe of `part`; frozen action modules stay in `training.precision`, so that labels are exact."""
     if is_frozen_base(config, part):
         return config.training.base_fp8
-    trained = {"base": ("base",), "idm": ("idm", "world_model"), "policy": ("policy",)}[config.stage]
-    return config.training.fp8 if part in trained else "off"
+    return config.training.fp8 if part in trained_parts(config) else "off"
 
 
 def _megatron_layout(config: RunConfig, part: str) -> list[list[str]] | None:

@@ -70,9 +70,8 @@ def _state_memory(config: RunConfig, gpus: int, placement: Placement, stage: int
         if group.part in trained_parts(config):
             kinds["trained weights"] += weight_bytes * count
             if group.is_block_linear and config.training.fp8 != "off":
-                kinds["FP8 copies of trained weights"] += (
-                    2 * count
-                )  # one for each pass, one transposed to the other
+                # one for each pass, one transposed to the other
+                kinds["FP8 copies of trained weights"] += 2 * count
         else:
             in_fp8 = group.part == "base" and group.is_block_linear and config.training.base_fp8 != "off"
             kinds["frozen weights"] += (1 if in_fp8 else weight_bytes) * count
@@ -99,9 +98,8 @@ def _passing_memory(config: RunConfig, gpus: int, placement: Placement, stage: i
     if config.stage != "base" and placement.complete_before("base", stage + 1):
         ahead = GROUPS_AHEAD * base_tokens if parallel.pipeline_parallel_size == 1 else in_flight * tokens
         kinds["base hidden states"] = hidden_bytes * ahead
-    if (
-        is_last
-    ):  # fp32, beside the product in `precision`; a trained head keeps those of the whole micro-batch
+    if is_last:
+        # fp32, beside the product in `precision`; a trained head keeps those of the whole micro-batch
         logit_bytes = _FP32_BYTES + (value_bytes if training.precision == "bf16" else 0)
         logit_tokens = tokens if config.stage == "base" else min(CHUNK_TOKENS, tokens)
         kinds["logits of the token loss"] = (

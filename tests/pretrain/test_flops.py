@@ -18,20 +18,11 @@ from pretrain.parallel import ParallelContext
 from pretrain.recipes import load_recipe
 from pretrain.stages.contract import Batch
 from pretrain.stages.registry import stage_class
+from tests.pretrain.tiny_runs import UNLIKE_SIZES as MODEL
 from tests.pretrain.tiny_runs import tiny_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 S, B = 48, 2
-# Every size another number, so that none can stand in for another.
-MODEL = {
-    "hidden_size": 40,
-    "ffn_hidden_size": 56,
-    "vocab_size": 80,
-    "num_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_size": 8,
-}
 ACTIONS = {"num_actions": 24, "num_idm_layers": 2, "num_merge_layers": 2, "num_policy_layers": 1}
 
 

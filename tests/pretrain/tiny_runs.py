@@ -21,6 +21,16 @@ MODEL = {
     "head_size": 8,
     "rope_scaling_factor": 8.0,
 }
+# Every size another number, so that none can stand in for another.
+UNLIKE_SIZES = {
+    "hidden_size": 40,
+    "ffn_hidden_size": 56,
+    "vocab_size": 80,
+    "num_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_size": 8,
+}
 STARTS = {"base": None, "idm": "base", "policy": "idm"}
 """The stage each stage starts from."""
 

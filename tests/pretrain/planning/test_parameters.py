@@ -23,21 +23,12 @@ from pretrain.planning.parameters import (
 from pretrain.recipes import load_recipe
 from pretrain.stages.registry import stage_class
 from tests.pretrain.planning.rank_parameters import LAYOUTS, layout_recipe
+from tests.pretrain.tiny_runs import UNLIKE_SIZES as MODEL
 from tests.pretrain.tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).with_name("rank_parameters.py")
 KNOWN = {"base": 8_030_261_248, "idm": 872_714_240, "world_model": 587_464_704, "policy": 1_745_162_240}
-# Every size another number, so that none can stand in for another.
-MODEL = {
-    "hidden_size": 40,
-    "ffn_hidden_size": 56,
-    "vocab_size": 80,
-    "num_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_size": 8,
-}
 ACTIONS = {"num_actions": 24, "num_idm_layers": 2, "num_merge_layers": 3, "num_policy_layers": 4}
 VARIANTS = [
     ("base", {}, {}),
