@@ -31,7 +31,7 @@ from pretrain.model.cola import ColaModel
 from pretrain.optimization import make_loadable, make_savable
 from pretrain.recipes import recipe_fields
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION_FILE = "cola.json"
 # Optimizer state by parameter, not by rank, so that another layout of ranks can load it.
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

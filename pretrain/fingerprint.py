@@ -1,8 +1,9 @@
 """Fingerprints of weights: one 64-bit number a tensor, the same for every layout of ranks.
 
-A tensor's fingerprint is the sum, modulo 2^64, of a bijective mix of each element's bits and its global index. A
-sum can be added up shard by shard, so no rank ever needs a whole tensor; and since the mix is a bijection, any change
-of a single element changes it. It guards against mistakes and decay, not against an adversary.
+A tensor's fingerprint is the sum, modulo 2^64, of each element's bits times an odd pseudo-random weight of its place
+along every axis. A sum can be added up shard by shard, so no rank ever needs a whole tensor; and since odd numbers have
+inverses modulo 2^64, any change of a single element changes it. It guards against mistakes and decay, not against an
+adversary; it runs at the speed of memory.
 """
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from pretrain.counter_hash import GOLDEN_GAMMA, mix64
 
 _BITS_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 18  # of 64 bits each, so that they stay in the cache
 
 
 def fingerprint_tensors(sharded_state: ShardedStateDict) -> dict[str, str]:
@@ -55,22 +56,36 @@ def _tensor_name(shard: ShardedTensor) -> str:
 
 
 def _shard_sum(shard: ShardedTensor) -> int:
-    """Sum of mixed elements of one shard, each counted at its place in the whole tensor."""
-    axes = shard.prepend_axis_num
-    global_shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
+    """Sum of one shard's elements, each weighted by its place in the whole tensor."""
+    offset = shard.global_offset[shard.prepend_axis_num :]
     data = dequantize_fp8_tensor(shard.data) if is_float8tensor(shard.data) else shard.data
-    data = data.detach().contiguous()
-    bits = data.view(_BITS_VIEW[data.element_size()]).flatten()
-    total = 0
-    for first in range(0, bits.numel(), _CHUNK_ELEMENTS):
-        part = bits[first : first + _CHUNK_ELEMENTS].long()
-        local = torch.arange(first, first + part.numel(), device=data.device)
-        index, stride = torch.zeros_like(local), 1
-        for size, start, length in reversed(list(zip(global_shape, offset, data.shape, strict=True))):
-            index += (local % length + start) * stride
-            local, stride = local // length, stride * size
-        total += int(mix64(mix64(part) + (index + 1) * GOLDEN_GAMMA).sum())
-    return total
+    bits = data.detach().contiguous().view(_BITS_VIEW[data.element_size()])
+    weights = [
+        _place_weights(axis, start, length, bits.device)
+        for axis, (start, length) in enumerate(zip(offset, bits.shape, strict=True))
+    ]
+    if not weights:  # a scalar
+        return int(bits) * int(_place_weights(0, 0, 1, bits.device))
+    sums = _weighted_row_sums(bits.reshape(-1, bits.shape[-1]), weights.pop()).view(bits.shape[:-1])
+    while weights:
+        sums = (sums * weights.pop()).sum(-1)
+    return int(sums)
+
+
+def _weighted_row_sums(rows_RW: torch.Tensor, weights_W: torch.Tensor) -> torch.Tensor:
+    """Product of a matrix and a vector, modulo 2^64; torch has none for integers on GPUs."""
+    sums_R = torch.empty(len(rows_RW), dtype=torch.int64, device=rows_RW.device)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, rows_RW.shape[-1]))
+    products = torch.empty(rows, rows_RW.shape[-1], dtype=torch.int64, device=rows_RW.device)
+    for part, part_sums in zip(rows_RW.split(rows), sums_R.split(rows), strict=True):
+        torch.sum(torch.mul(part, weights_W, out=products[: len(part)]), -1, out=part_sums)
+    return sums_R
+
+
+def _place_weights(axis: int, start: int, length: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit numbers of the places `start`, `start` + 1, ... along `axis`."""
+    places = torch.arange(start + 1, start + 1 + length, device=device) + (axis << 48)
+    return mix64(places * GOLDEN_GAMMA) | 1
 
 
 def _sum_over_ranks(sums: dict[str, int]) -> dict[str, int]:

@@ -198,14 +198,20 @@ def splitmix_finaliser(value: int) -> int:
     return value ^ value >> 31
 
 
-def test_it_is_the_sum_that_checkpoints_of_any_version_hold() -> None:
-    """Over elements: mix(mix(bits) + (place + 1) * golden gamma), modulo 2^64, in hexadecimal."""
-    values = [0.0, -1.5, 3e-9, 7.0, -0.0, 1e30]
+def place_weight(axis: int, place: int) -> int:
+    """The odd number of a place along an axis."""
+    return splitmix_finaliser((place + 1 + (axis << 48)) * GOLDEN_GAMMA % 2**64) | 1
+
+
+def test_it_is_the_sum_that_checkpoints_of_this_version_hold() -> None:
+    """Over elements: bits * weight of the row * weight of the column, modulo 2^64, in hexadecimal."""
+    values = [[0.0, -1.5, 3e-9], [7.0, -0.0, 1e30]]
     total = 0
-    for place, value in enumerate(values):
-        (bits,) = struct.unpack("<i", struct.pack("<f", value))
-        total += splitmix_finaliser((splitmix_finaliser(bits % 2**64) + (place + 1) * GOLDEN_GAMMA) % 2**64)
-    assert fingerprint(torch.tensor(values).view(2, 3)) == f"{total % 2**64:016x}"
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            (bits,) = struct.unpack("<i", struct.pack("<f", value))
+            total += bits * place_weight(0, row) * place_weight(1, column)
+    assert fingerprint(torch.tensor(values)) == f"{total % 2**64:016x}"
 
 
 def test_differing_tensors_are_those_changed_or_on_one_side_only() -> None:
