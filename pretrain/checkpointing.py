@@ -1,4 +1,4 @@
-"""Checkpoints: what a stage trained, where the rest comes from, and the optimizer.
+"""Checkpoints: what a stage trained, where the rest comes from (or the rest itself), and the optimizer.
 
 Layout of a run:  checkpoints/step_00000500/{weights/, optimizer/, cola.json}
 weights/ and optimizer/ are Megatron distributed checkpoints, loadable on any layout of ranks. cola.json describes
@@ -9,7 +9,7 @@ them and holds the fingerprints of the trained and the frozen tensors. A checkpo
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pretrain.config import RunConfig
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import make_loadable, make_savable
+from pretrain.planning.parameters import built_parts
 from pretrain.recipes import recipe_fields
 
 FORMAT_VERSION = 2
@@ -54,7 +55,7 @@ class CheckpointDescription:
     parts: list[str]
     """Model parts whose weights are inside."""
     start_from: str | None
-    """Checkpoint the frozen parts came from, relative to the run folder."""
+    """Checkpoint the frozen parts came from, relative to the run folder; a fact, even if they are inside too."""
     tokenizer_fingerprint: str
     """Of the tokenizer that made the training data."""
     data_fingerprint: str
@@ -101,16 +102,21 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     )
 
 
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None if it has none yet."""
+    return next(reversed(find_checkpoints(run_folder)), None)
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint meant by `path`: itself, or the newest of the run folder `path`."""
-    if (path / DESCRIPTION_FILE).is_file():
+    if is_checkpoint(path):
         return path
-    checkpoints = find_checkpoints(path)
-    if not checkpoints:
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
         raise UserError(
             f"{path}: holds no complete checkpoint; name a run folder or a checkpoints/step_* folder"
         )
-    return checkpoints[-1]
+    return checkpoint
 
 
 def read_description(checkpoint: Path) -> CheckpointDescription:
@@ -131,15 +137,41 @@ def read_description(checkpoint: Path) -> CheckpointDescription:
     return description
 
 
-def locate_parts(checkpoint: Path) -> dict[str, Path]:
-    """Which checkpoint holds each part of the model: `checkpoint` itself, then what it started from, and so on."""
-    places: dict[str, Path] = {}
-    current: Path | None = checkpoint
-    while current is not None:
-        description = read_description(current)
-        places |= {part: current for part in description.parts if part not in places}
-        current = start_of(current, description)
+def locate_parts(checkpoint: Path, wanted: Iterable[str] | None = None) -> dict[str, Path]:
+    """Which checkpoint holds each part of the model: `checkpoint` itself, then what it started from, and so on.
+
+    What a checkpoint started from is looked at only while a part is missing; it may be gone otherwise.
+
+    Args:
+        checkpoint: where to begin.
+        wanted: parts to look for; None: all parts of the model that was saved.
+
+    Returns:
+        The parts found; those that are nowhere are left out.
+
+    Raises:
+        UserError: if a wanted part should be in a checkpoint that is gone.
+    """
+    current, description = checkpoint, read_description(checkpoint)
+    places = dict.fromkeys(description.parts, checkpoint)
+    sought = {name.split(".")[0] for name in description.fingerprints} if wanted is None else set(wanted)
+    while missing := sorted(sought - places.keys()):
+        start = start_of(current, description)
+        if start is None:
+            break
+        if not is_checkpoint(start):
+            raise UserError(
+                f"{current}: takes {', '.join(missing)} from {start}, which it started from and which holds no "
+                "checkpoint any more; bring it back, or use a checkpoint saved with checkpoint.self_contained"
+            )
+        current, description = start, read_description(start)
+        places |= {part: start for part in description.parts if part not in places}
     return places
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a complete checkpoint lies in `folder` itself."""
+    return (folder / DESCRIPTION_FILE).is_file()
 
 
 def start_of(checkpoint: Path, description: CheckpointDescription) -> Path | None:
@@ -158,7 +190,7 @@ def save(
     origin: RunOrigin,
     fingerprints: dict[str, str],
 ) -> Path:
-    """Write the checkpoint of `step`. Collective: every rank calls it."""
+    """Write the checkpoint of `step`, the frozen parts too if it is to need no other. Collective."""
     final = step_folder(config.run_folder, step)
     partial = partial_path(final)
     if dist.get_rank() == 0:
@@ -166,7 +198,8 @@ def save(
         for name in ("weights", "optimizer"):
             (partial / name).mkdir(parents=True)
     dist.barrier()
-    weights = sharded_weights(model, trained_parts, scales=True)
+    parts = built_parts(config) if config.checkpoint.self_contained else trained_parts
+    weights = sharded_weights(model, parts, scales=True)
     make_savable(optimizer)
     optimizer_state = optimizer.sharded_state_dict(
         sharded_weights(model, trained_parts), metadata=_OPTIMIZER_FORMAT
@@ -180,7 +213,7 @@ def save(
             step=step,
             consumed_samples=step * config.training.global_batch_size,
             consumed_tokens=step * config.tokens_per_step,
-            parts=list(trained_parts),
+            parts=list(parts),
             start_from=os.path.relpath(origin.start, config.run_folder) if origin.start else None,
             tokenizer_fingerprint=origin.tokenizer_fingerprint,
             data_fingerprint=origin.data_fingerprint,
@@ -227,7 +260,7 @@ def load_parts(
     Raises:
         UserError: if a part is nowhere, files are damaged, or a tensor is missing or has another shape.
     """
-    places, found = locate_parts(checkpoint), dict[str, str]()
+    places, found = locate_parts(checkpoint, parts), dict[str, str]()
     for part in parts:
         if part not in places:
             raise UserError(f"{checkpoint}: has no trained '{part}', nor has any run it started from")

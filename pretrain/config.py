@@ -20,7 +20,10 @@ class ModelConfig:
     """Sizes of the Llama base; the action modules reuse its width."""
 
     vocab_size: int
-    """Rows of the embedding and of the output head, tokens."""
+    """Tokens there are; each has a row in the embedding and one in the output head."""
+    vocab_padding: int = 0
+    """Rows at the end of embedding and head that are no tokens, so that tensor-parallel ranks share them evenly; they
+    never get probability."""
     hidden_size: int
     """Width H of the residual stream."""
     ffn_hidden_size: int
@@ -45,6 +48,11 @@ class ModelConfig:
     """Bias on the query, key and value projections (Qwen2.5), in every block."""
     tied_embeddings: bool = False
     """The output head is the transposed embedding (small Qwen2.5 and Llama 3.2)."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output head."""
+        return self.vocab_size + self.vocab_padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +165,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save, and what."""
 
     interval_steps: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 3
     """Newest checkpoints kept; older ones are deleted after a new one is complete."""
+    self_contained: bool = False
+    """Put the frozen parts in too, so that a checkpoint needs no other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.placement import chain_layers, place_layers
 
-MAY_BE_ZERO = ("regulariser_coefficient", "non_finite_steps")
+MAY_BE_ZERO = ("regulariser_coefficient", "non_finite_steps", "vocab_padding")
 
 
 def find_problems(config: RunConfig, world_size: int) -> list[str]:
@@ -37,17 +37,12 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
     }  # fmt: skip
     for name, section in sections.items():
         for key, value in vars(section).items():
-            if (
-                key not in MAY_BE_ZERO
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and not 0 < value < math.inf
-            ):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if key in MAY_BE_ZERO and not 0 <= value < math.inf:
+                yield f"{name}.{key}: must be 0 or more, got {value}"
+            if key not in MAY_BE_ZERO and not 0 < value < math.inf:
                 yield f"{name}.{key}: must be positive, got {value}"
-    if not 0 <= config.actions.regulariser_coefficient < math.inf:
-        yield f"actions.regulariser_coefficient: must be 0 or more, got {config.actions.regulariser_coefficient}"
-    if config.training.non_finite_steps < 0:
-        yield f"training.non_finite_steps: must be 0 or more, got {config.training.non_finite_steps}"
     if config.data.sequence_length > config.model.max_position_embeddings:
         yield (
             f"data.sequence_length: {config.data.sequence_length} exceeds model.max_position_embeddings "
@@ -102,7 +97,6 @@ def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         )
         return
     shared = {
-        "model.vocab_size": config.model.vocab_size,
         "model.ffn_hidden_size": config.model.ffn_hidden_size,
         "model.num_attention_heads": config.model.num_attention_heads,
         "model.num_key_value_heads": config.model.num_key_value_heads,
@@ -118,6 +112,13 @@ def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     for name, value in shared.items():
         if value % tensor_size:
             yield f"{name}: {value} is not divisible by parallel.tensor_parallel_size {tensor_size}"
+    if config.model.padded_vocab_size % tensor_size:
+        yield (
+            f"model.vocab_padding: {config.model.vocab_size} tokens + {config.model.vocab_padding} rows are not "
+            f"divisible by parallel.tensor_parallel_size {tensor_size}; re-import the base with "
+            f"hf_to_megatron.py --pad-vocabulary-to-multiple-of {tensor_size} (a base trained from scratch: "
+            f"set model.vocab_padding to {-config.model.vocab_size % tensor_size})"
+        )
     yield from _pipeline_problems(config)
     yield from _batch_problems(config, world_size // (tensor_size * pipeline_size))
 
@@ -176,6 +177,11 @@ def _precision_problems(config: RunConfig) -> Iterator[str]:
             yield f"{name}: {recipe} needs training.precision bf16, got {training.precision}"
     if config.stage == "base" and training.base_fp8 != "off":
         yield "training.base_fp8: is for a frozen base; a base run's own recipe is training.fp8"
+    if training.base_fp8 != "off" and config.checkpoint.self_contained:
+        yield (
+            f"checkpoint.self_contained: training.base_fp8 {training.base_fp8} leaves no exact base in memory to save; "
+            "switch one of them off"
+        )
     if training.base_fp8 != "off" and training.fp8 not in ("off", training.base_fp8):
         yield (
             f"training.base_fp8: {training.base_fp8} beside training.fp8 {training.fp8}: one Transformer Engine "

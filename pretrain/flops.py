@@ -22,6 +22,11 @@ def block_product_flops(model: ModelConfig) -> float:
     return 2 * model.hidden_size * (2 * query_size + 2 * key_value_size + 3 * model.ffn_hidden_size)
 
 
+def head_flops(model: ModelConfig) -> float:
+    """Forward FLOPs a token of the token head, rows that pad the vocabulary included: they are multiplied too."""
+    return 2.0 * model.hidden_size * model.padded_vocab_size
+
+
 def merge_flops(config: RunConfig) -> tuple[float, float]:
     """Forward and backward FLOPs a token of the merge layers, the action's half of the product taken from a table."""
     hidden_size, ffn_hidden_size = config.model.hidden_size, config.model.ffn_hidden_size
@@ -35,7 +40,7 @@ def flops_per_token(config: RunConfig) -> dict[str, float]:
     """FLOPs a token of one training step of `config`, by module."""
     model, actions = config.model, config.actions
     block = block_flops(model, config.data.sequence_length)
-    head = 2.0 * model.hidden_size * model.vocab_size
+    head = head_flops(model)
     action_head = 2 * model.hidden_size * actions.num_actions
     if config.stage == "base":
         return {
@@ -62,7 +67,7 @@ def flops_per_token(config: RunConfig) -> dict[str, float]:
 def full_training_flops(config: RunConfig) -> float:
     """FLOPs a token of training the base itself, all of it: what a stage is compared with."""
     block = block_flops(config.model, config.data.sequence_length)
-    return 3 * (config.model.num_layers * block + 2.0 * config.model.hidden_size * config.model.vocab_size)
+    return 3 * (config.model.num_layers * block + head_flops(config.model))
 
 
 def fp8_flops_per_token(config: RunConfig) -> dict[str, float]:

@@ -60,7 +60,7 @@ def dry_run(config: RunConfig, gpus: int | None) -> None:
 
 def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Run the recipe to its last step."""
-    blend = check(config)
+    blend = check(config, resume)
     prepare_run_folder(config, resume, overwrite)
     if config.training.deterministic:
         use_deterministic_kernels()
@@ -72,8 +72,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
         if context.is_first_rank:
             _write_run_folder(config, overwrite)
         dist.barrier()
-        checkpoints = checkpointing.find_checkpoints(config.run_folder) if resume else []
-        newest = checkpoints[-1] if checkpoints else None
+        newest = checkpointing.newest_checkpoint(config.run_folder) if resume else None
         first_step = checkpointing.read_description(newest).step if newest else 0
         if first_step >= config.training.steps:
             if context.is_first_rank:
@@ -126,8 +125,9 @@ def build_loop(
     model = ColaModel(config, context.groups, (*stage_type.frozen_parts, *stage_type.trained_parts))
     model.freeze_all_but(stage_type.trained_parts)
     frozen = checkpointing.FrozenFingerprints(saved={}, held={})
-    if origin.start is not None:
-        frozen = checkpointing.load_frozen(model, stage_type.frozen_parts, origin.start)
+    frozen_from = newest or origin.start  # a resumed run's own checkpoint knows where they are, or has them
+    if frozen_from is not None:
+        frozen = checkpointing.load_frozen(model, stage_type.frozen_parts, frozen_from)
     begin = newest or (checkpointing.resolve_checkpoint(config.init_from) if config.init_from else None)
     if begin is not None:
         checkpointing.load_checked(model, stage_type.trained_parts, begin, scales=newest is not None)
@@ -150,8 +150,9 @@ def build_loop(
 
 def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> checkpointing.RunOrigin:
     """What the run is made from: for a resumed one, what it was made from, even if newer checkpoints exist."""
-    start = checkpointing.resolve_checkpoint(config.start_from) if config.start_from else None
-    if newest is not None:
+    if newest is None:
+        start = checkpointing.resolve_checkpoint(config.start_from) if config.start_from else None
+    else:
         description = checkpointing.read_description(newest)
         start = checkpointing.start_of(newest, description)
         if description.data_fingerprint != blend.plan_fingerprint:

@@ -15,8 +15,8 @@ from pretrain.recipes import recipe_from_fields
 from pretrain.stages.registry import stage_class
 
 
-def check(config: RunConfig) -> BlendedData:
-    """Everything that can be wrong before anything starts.
+def check(config: RunConfig, resume: bool = False) -> BlendedData:
+    """Everything that can be wrong before anything starts, or before the run goes on from its newest checkpoint.
 
     Raises:
         UserError: listing every problem found.
@@ -24,7 +24,8 @@ def check(config: RunConfig) -> BlendedData:
     ranks = launched_world_size()
     problems = find_problems(config, ranks)
     problems += find_device_problems(config, ranks, fits=not problems)
-    input_problems, blend = find_input_problems(config)
+    resumed = checkpointing.newest_checkpoint(config.run_folder) if resume else None
+    input_problems, blend = find_input_problems(config, resumed)
     refuse(problems + input_problems)
     assert blend is not None, "problem-free inputs include a blend"
     return blend
@@ -45,8 +46,13 @@ def find_device_problems(config: RunConfig, ranks: int, fits: bool) -> list[str]
     return problems
 
 
-def find_input_problems(config: RunConfig) -> tuple[list[str], BlendedData | None]:
-    """What is wrong with the data and the checkpoints that the run reads; and the data, if they can be opened."""
+def find_input_problems(
+    config: RunConfig, resumed: Path | None = None
+) -> tuple[list[str], BlendedData | None]:
+    """What is wrong with the data and the checkpoints that the run reads; and the data, if they can be opened.
+
+    A run that goes on from its checkpoint `resumed` reads no other, but for the frozen parts that are not in it.
+    """
     problems, blend = [], None
     try:
         blend = open_blend(config.data.path)
@@ -54,9 +60,9 @@ def find_input_problems(config: RunConfig) -> tuple[list[str], BlendedData | Non
     except UserError as error:
         problems.append(f"data.path: {error}")
     stage = stage_class(config)
-    sources = {"init_from": (config.init_from, stage.trained_parts)}
+    sources = {"init_from": (config.init_from if resumed is None else None, stage.trained_parts)}
     if config.stage != "base":
-        sources["start_from"] = (config.start_from, stage.frozen_parts)
+        sources["start_from"] = (resumed or config.start_from, stage.frozen_parts)
     for name, (path, parts) in sources.items():
         if path is not None:
             try:
@@ -64,7 +70,24 @@ def find_input_problems(config: RunConfig) -> tuple[list[str], BlendedData | Non
                 problems += _checkpoint_problems(config, name, checkpoint, parts, blend)
             except UserError as error:
                 problems.append(f"{name}: {error}")
+    if resumed is not None and not config.checkpoint.self_contained:
+        problems += _lost_start_problems(resumed, stage.frozen_parts)
     return problems, blend
+
+
+def _lost_start_problems(resumed: Path, frozen_parts: tuple[str, ...]) -> list[str]:
+    """What keeps checkpoints to come from being without frozen parts: that those are in `resumed` and nowhere else."""
+    description = checkpointing.read_description(resumed)
+    start = checkpointing.start_of(resumed, description)
+    if start is None or not set(frozen_parts) <= set(description.parts):
+        return []
+    try:
+        checkpointing.locate_parts(start, frozen_parts)
+    except UserError as error:
+        return [
+            f"checkpoint.self_contained: leave it on, for only {resumed} still has the frozen parts ({error})"
+        ]
+    return []
 
 
 def missing_inputs(config: RunConfig) -> list[str]:

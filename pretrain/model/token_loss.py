@@ -4,7 +4,8 @@ The head gets no gradient, and each token's loss depends on its own logits alone
 state is computed beside the loss, chunk by chunk, for the price of the two products that any backward pass needs. In
 training nothing of the vocabulary's width is kept.
 
-Shapes: S sequence, B batch, H hidden, T tokens of a chunk, V vocabulary (this tensor-parallel rank's part).
+Shapes: S sequence, B batch, H hidden, T tokens of a chunk, V vocabulary (this tensor-parallel rank's
+part, padding included).
 """
 
 import torch
@@ -15,13 +16,29 @@ CHUNK_TOKENS = 1024
 
 
 def frozen_head_losses(
-    state_SBH: torch.Tensor, weight_VH: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup
+    state_SBH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_SB: torch.Tensor,
+    group: dist.ProcessGroup,
+    tokens_here: int | None = None,
 ) -> torch.Tensor:
     """Losses [S, B] in nats, fp32, the same on all ranks of the tensor-parallel `group`.
 
-    `state_SBH` is in the tensor region (`pretrain.model.tensor_region`): its gradient is this rank's part.
+    `state_SBH` is in the tensor region (`pretrain.model.tensor_region`): its gradient is this rank's part. Only the
+    first `tokens_here` rows of `weight_VH` are tokens (None: all of them).
     """
-    return _FrozenHeadLosses.apply(state_SBH, weight_VH, labels_SB, group)
+    tokens_here = len(weight_VH) if tokens_here is None else tokens_here
+    return _FrozenHeadLosses.apply(state_SBH, weight_VH, labels_SB, group, tokens_here)
+
+
+@torch.no_grad()
+def exclude_padding(logits: torch.Tensor, tokens_here: int) -> torch.Tensor:
+    """Set, in place, the logits [..., V] after the first `tokens_here` to -inf: a softmax gives them no probability.
+
+    Nor does its gradient reach them, being their probability; so this need not be known to autograd.
+    """
+    logits[..., tokens_here:] = -torch.inf
+    return logits
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -32,13 +49,14 @@ class _FrozenHeadLosses(torch.autograd.Function):
         weight_VH: torch.Tensor,
         labels_SB: torch.Tensor,
         group: dist.ProcessGroup,
+        tokens_here: int,
     ) -> torch.Tensor:
         states, labels = state_SBH.flatten(0, 1), labels_SB.flatten()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=states.device)
         gradients = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for first in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
-            logits_TV = (states[chunk] @ weight_VH.T).float()
+            logits_TV = exclude_padding((states[chunk] @ weight_VH.T).float(), tokens_here)
             losses[chunk] = _losses_to_probabilities(logits_TV, labels[chunk], group)
             if gradients is not None:
                 gradients[chunk] = logits_TV.to(weight_VH.dtype) @ weight_VH
@@ -49,7 +67,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: BackwardCFunction, *loss_gradients_SB: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (unit_SBH,) = ctx.saved_tensors
-        return unit_SBH * loss_gradients_SB[0].unsqueeze(-1).to(unit_SBH.dtype), None, None, None
+        return unit_SBH * loss_gradients_SB[0].unsqueeze(-1).to(unit_SBH.dtype), None, None, None, None
 
 
 def _losses_to_probabilities(

@@ -1,7 +1,7 @@
 """The Llama base of Megatron's modules, opened at the hidden state that CoLA works on; or a pipeline stage's share.
 
-Shapes: S sequence, B batch, H hidden, V vocabulary (this rank's part). Between the embedding and the head, S is this
-rank's part under sequence parallelism.
+Shapes: S sequence, B batch, H hidden, V vocabulary (this rank's part, padding included). Between the embedding and
+the head, S is this rank's part under sequence parallelism.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from pretrain.model.action_transformer import HEAD_SEED
 from pretrain.model.kernels import block_submodules
 from pretrain.model.specs import seeded, transformer_config
 from pretrain.model.tensor_region import enter_tensor_region
-from pretrain.model.token_loss import frozen_head_losses
+from pretrain.model.token_loss import exclude_padding, frozen_head_losses
 from pretrain.placement import place_layers
 
 
@@ -41,9 +41,12 @@ class LlamaTrunk(MegatronModule):
         self.norm_is_copy = self.ends_here and layers_by_stage[stage] == 0
         self.num_layers_here = layers_by_stage[stage]
         self.tied = model.tied_embeddings
+        rows = model.padded_vocab_size // groups.tp.size()
+        first_row = rows * groups.tp.rank()
+        self.tokens_here = min(max(model.vocab_size - first_row, 0), rows)  # the rows after these are padding
         if self.has_embedding:
             self.embedding = LanguageModelEmbedding(
-                trunk_config, model.vocab_size, config.data.sequence_length, "rope", tp_group=groups.tp
+                trunk_config, model.padded_vocab_size, config.data.sequence_length, "rope", tp_group=groups.tp
             )
         self.rotary_pos_emb = RotaryEmbedding(
             model.head_size,
@@ -63,7 +66,7 @@ class LlamaTrunk(MegatronModule):
         if self.has_head and not (self.tied and self.has_embedding):
             with seeded(torch.initial_seed() + (0 if self.tied else HEAD_SEED)):
                 self.output_layer = ColumnParallelLinear(
-                    model.hidden_size, model.vocab_size, config=trunk_config,
+                    model.hidden_size, model.padded_vocab_size, config=trunk_config,
                     init_method=trunk_config.init_method, bias=False, tp_group=groups.tp,
                 )  # fmt: skip
 
@@ -96,9 +99,9 @@ class LlamaTrunk(MegatronModule):
         )
 
     def logits(self, state_SBH: torch.Tensor) -> torch.Tensor:
-        """Token logits [S, B, V] of all positions and this rank's part of the vocabulary."""
+        """Token logits [S, B, V] of all positions and this rank's part of the vocabulary; -inf of padded rows."""
         region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
-        return torch.nn.functional.linear(region_SBH, self.head_weight)
+        return exclude_padding(torch.nn.functional.linear(region_SBH, self.head_weight), self.tokens_here)
 
     def token_losses(self, state_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """Cross-entropy [S, B] of each next token, nats, fp32."""
@@ -106,7 +109,9 @@ class LlamaTrunk(MegatronModule):
         if self.head_weight.requires_grad:
             return vocab_parallel_cross_entropy(self.logits(state_SBH), labels_SB)
         region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
-        return frozen_head_losses(region_SBH, self.head_weight, labels_SB, self.tp_group)
+        return frozen_head_losses(
+            region_SBH, self.head_weight, labels_SB, self.tp_group, tokens_here=self.tokens_here
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -103,7 +103,7 @@ def _passing_memory(config: RunConfig, gpus: int, placement: Placement, stage: i
         logit_bytes = _FP32_BYTES + (value_bytes if training.precision == "bf16" else 0)
         logit_tokens = tokens if config.stage == "base" else min(CHUNK_TOKENS, tokens)
         kinds["logits of the token loss"] = (
-            logit_tokens * logit_bytes * model.vocab_size / parallel.tensor_parallel_size
+            logit_tokens * logit_bytes * model.padded_vocab_size / parallel.tensor_parallel_size
         )
     block_bytes = 2 * hidden_bytes + 4 * value_bytes * model.ffn_hidden_size / parallel.tensor_parallel_size
     kinds["work of one block"] = max(base_tokens, tokens) * block_bytes

@@ -76,7 +76,7 @@ def groups_on_stage(config: RunConfig, placement: Placement, stage: int) -> Iter
         elif stage == {"first": 0, "last": last}[group.place]:
             yield group
     if config.model.tied_embeddings and 0 < stage == last:
-        yield TensorGroup("base", config.model.vocab_size * config.model.hidden_size, "last")
+        yield TensorGroup("base", config.model.padded_vocab_size * config.model.hidden_size, "last")
 
 
 def rank_count(group: TensorGroup, tensor_parallel_size: int) -> float:
@@ -88,7 +88,7 @@ def _tensor_groups(config: RunConfig) -> Iterator[TensorGroup]:
     """All groups of the model's parts, each once."""
     model, actions = config.model, config.actions
     hidden_size, parts = model.hidden_size, built_parts(config)
-    table = model.vocab_size * hidden_size
+    table = model.padded_vocab_size * hidden_size
     yield TensorGroup("base", table, "first")
     if not model.tied_embeddings:
         yield TensorGroup("base", table, "last")

@@ -22,6 +22,7 @@ BAD_FIELDS: list[tuple[str, Any, int, str]] = [
     ("seed", -1, 1, "got -1"),
     ("seed", 2**32, 1, "got 4294967296"),
     ("model.vocab_size", 0, 1, "must be positive, got 0"),
+    ("model.vocab_padding", -1, 1, "must be 0 or more, got -1"),
     ("model.num_layers", -2, 1, "must be positive, got -2"),
     ("model.head_size", 7, 1, "even size, got 7"),
     ("model.rope_theta", math.inf, 1, "must be positive, got inf"),
@@ -122,6 +123,24 @@ BAD_TOGETHER: list[tuple[str, dict[str, Any], int, str]] = [
     ),
     (
         "idm",
+        {
+            "training.precision": "bf16",
+            "training.base_fp8": "tensorwise",
+            "checkpoint.self_contained": True,
+        },
+        1,
+        "checkpoint.self_contained: training.base_fp8 tensorwise leaves no exact base",
+    ),
+    (
+        "idm",
+        {"model.vocab_size": 33, "model.vocab_padding": 2, "parallel.tensor_parallel_size": 2},
+        2,
+        "model.vocab_padding: 33 tokens + 2 rows are not divisible by parallel.tensor_parallel_size 2; re-import the "
+        "base with hf_to_megatron.py --pad-vocabulary-to-multiple-of 2 (a base trained from scratch: set "
+        "model.vocab_padding to 1)",
+    ),
+    (
+        "idm",
         {"training.precision": "bf16", "training.base_fp8": "tensorwise", "training.fp8": "delayed"},
         1,
         "training.base_fp8: tensorwise beside training.fp8 delayed: one Transformer Engine recipe a run",
@@ -157,7 +176,11 @@ BAD_TOGETHER: list[tuple[str, dict[str, Any], int, str]] = [
     ),
 ]
 # Not by themselves, but together with two tensor-parallel ranks.
-INDIVISIBLE_BY_TWO = ("model.vocab_size", "model.ffn_hidden_size", "actions.num_actions")
+INDIVISIBLE_BY_TWO = {
+    "model.vocab_size": "model.vocab_padding: 33 tokens + 0 rows are not divisible by ",
+    "model.ffn_hidden_size": "model.ffn_hidden_size: 33 is not divisible by ",
+    "actions.num_actions": "actions.num_actions: 33 is not divisible by ",
+}
 
 
 def good_recipe(stage: str = "idm") -> RunConfig:
@@ -215,6 +238,8 @@ def test_fields_that_do_not_go_together_are_told(
         {"training.base_micro_batch_size": 4},
         {"training.precision": "bf16", "training.fp8": "tensorwise", "training.base_fp8": "tensorwise"},
         {"model.tied_embeddings": True, "parallel.pipeline_parallel_size": 2},
+        {"model.vocab_size": 33, "model.vocab_padding": 1, "parallel.tensor_parallel_size": 2},
+        {"checkpoint.self_contained": True},
     ],
 )
 def test_layouts_and_fp8_are_no_problem_where_they_fit(changes: dict[str, Any]) -> None:
@@ -238,7 +263,8 @@ def test_what_tensor_parallel_ranks_share_must_divide(name: str) -> None:
     odd = with_field(good_recipe(), name, 33)
     assert find_problems(odd, 1) == []
     problems = find_problems(with_field(odd, "parallel.tensor_parallel_size", 2), 2)
-    assert problems == [f"{name}: 33 is not divisible by parallel.tensor_parallel_size 2"]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{INDIVISIBLE_BY_TWO[name]}parallel.tensor_parallel_size 2")
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -66,10 +66,11 @@ def test_merge_layers_need_less_than_on_the_concatenation() -> None:
     assert sum(idm.values()) == pytest.approx(23.935, abs=0.001)
 
 
-def recipe(stage: str) -> RunConfig:
+def recipe(stage: str, vocab_padding: int = 0) -> RunConfig:
     """A tiny run of the stage."""
     start = None if stage == "base" else Path("start")
-    config = tiny_recipe(stage, Path("run"), Path("data"), start, model=MODEL, actions=ACTIONS)
+    model = {**MODEL, "vocab_padding": vocab_padding}
+    config = tiny_recipe(stage, Path("run"), Path("data"), start, model=model, actions=ACTIONS)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=S))
 
 
@@ -119,10 +120,12 @@ def split(flops: dict[str, float]) -> tuple[float, float]:
     return forward, sum(flops.values()) - forward
 
 
-@pytest.mark.parametrize("stage", ["base", "idm", "policy"])
-def test_a_running_model_does_what_is_said(context: ParallelContext, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "vocab_padding"), [("base", 0), ("base", 48), ("idm", 0), ("idm", 48), ("policy", 0)]
+)
+def test_a_running_model_does_what_is_said(context: ParallelContext, stage: str, vocab_padding: int) -> None:
     """Forward and backward separately, exactly, once what the method does not need is taken off."""
-    config = recipe(stage)
+    config = recipe(stage, vocab_padding)
     needed = [
         count - extra for count, extra in zip(counted(config, context), not_needed(config), strict=True)
     ]
@@ -154,3 +157,10 @@ def test_a_wrong_convention_shows(context: ParallelContext, stage: str, fault: s
         flops = flops_per_token(wider)
     forward, backward = split(flops)
     assert abs(forward / needed[0] - 1) > 0.01 or abs(backward / needed[1] - 1) > 0.01
+
+
+def test_a_head_without_its_padding_shows(context: ParallelContext) -> None:
+    """The fault twin of a padded vocabulary: rows that are no tokens are multiplied all the same."""
+    padded = recipe("idm", vocab_padding=48)
+    needed = counted(padded, context)[0] - not_needed(padded)[0]
+    assert split(flops_per_token(recipe("idm")))[0] < 0.99 * needed

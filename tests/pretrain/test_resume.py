@@ -10,7 +10,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.output_files import write_sealed_json
 from pretrain.checkpointing import find_checkpoints, read_description
-from tests.pretrain.tiny_runs import STARTS, metrics, tiny_recipe, train_in_process
+from tests.pretrain.tiny_runs import STARTS, metrics, saved_tensors, tiny_recipe, train_in_process
 
 VOLATILE = ("elapsed_seconds", "tokens_per_second", "tflops_per_second", "memory_gib")
 
@@ -28,22 +28,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
                 )
                 train_in_process(recipe, resume=True)
     return folder
-
-
-def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of the last checkpoint, as whole tensors."""
-    from megatron.core import dist_checkpointing
-
-    from pretrain.parallel import parallel_context
-
-    checkpoint = run / "checkpoints" / "step_00000006"
-    with parallel_context(tensor_parallel_size=1, seed=0):
-        return {
-            f"{kind}/{name}": tensor
-            for kind in ("weights", "optimizer")
-            for name, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint / kind)).items()
-            if torch.is_tensor(tensor)
-        }
 
 
 @pytest.mark.parametrize("stage", STARTS)

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pretrain.config import RunConfig
 from pretrain.recipes import recipe_from_fields
+
+if TYPE_CHECKING:
+    import torch
 
 VOCAB_SIZE = 1024
 SEQUENCE_LENGTH = 32
@@ -71,6 +74,24 @@ def metrics(run_folder: Path, split: str = "train") -> list[dict[str, Any]]:
 def series(run_folder: Path, name: str, split: str = "train") -> np.ndarray:
     """One metric over the run."""
     return np.array([line[name] for line in metrics(run_folder, split)])
+
+
+def saved_tensors(run: Path) -> "dict[str, torch.Tensor]":
+    """Weights and optimizer state of the newest checkpoint, as whole tensors."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from pretrain.checkpointing import resolve_checkpoint
+    from pretrain.parallel import parallel_context
+
+    checkpoint = resolve_checkpoint(run)
+    with parallel_context(tensor_parallel_size=1, seed=0):
+        return {
+            f"{kind}/{name}": tensor
+            for kind in ("weights", "optimizer")
+            for name, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint / kind)).items()
+            if torch.is_tensor(tensor)
+        }
 
 
 def train_in_process(config: RunConfig, resume: bool = False) -> None:

@@ -38,7 +38,7 @@ def layout_recipe(name: str) -> RunConfig:
         Path("run"),
         Path("data"),
         Path("start"),
-        model={"num_layers": 5, "qkv_bias": True, "tied_embeddings": kind == "tied"},
+        model={"num_layers": 5, "qkv_bias": True, "tied_embeddings": kind == "tied", "vocab_padding": 6},
         actions={"num_idm_layers": 3, "num_policy_layers": 3},
         parallel=LAYOUTS[name],
     )

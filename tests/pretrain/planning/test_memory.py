@@ -184,3 +184,20 @@ def test_stages_keep_the_micro_batches_they_are_ahead_by() -> None:
     assert activations[1] == pytest.approx(2 * activations[2], rel=0.05)  # two micro-batches, and one
     assert activations[0] / (3 * 2) == pytest.approx(activations[1] / (2 * 3))  # by two layers, and by three
     assert fullest_stage_memory(config, 3)[0] == 0
+
+
+def test_rows_that_pad_the_vocabulary_take_memory() -> None:
+    """In embedding, head and logits, and nowhere else; shared out over the tensor-parallel ranks."""
+    plain, padded = (
+        stage_memory(
+            full_size("idm", "--parallel.tensor-parallel-size", "2", "--model.vocab-padding", padding), 8, 0
+        )
+        for padding in ("0", "128256")
+    )
+    tables = (
+        2 * 128256 * 4096
+    )  # embedding and head on one of two ranks: 2 bytes each of twice half a vocabulary
+    assert padded["frozen weights"] == plain["frozen weights"] + tables
+    assert padded["logits of the token loss"] == 2 * plain["logits of the token loss"]
+    same = plain.keys() - {"frozen weights", "logits of the token loss"}
+    assert {kind: padded[kind] for kind in same} == {kind: plain[kind] for kind in same}

@@ -37,6 +37,8 @@ VARIANTS = [
     ("idm", {}, {"assignment": "vq"}),
     ("idm", {"qkv_bias": True}, {}),
     ("policy", {"qkv_bias": True, "tied_embeddings": True}, {}),
+    ("base", {"vocab_padding": 16}, {}),
+    ("idm", {"vocab_padding": 16, "tied_embeddings": True}, {}),
 ]
 
 
@@ -64,7 +66,10 @@ def test_parts_have_the_parameters_of_the_model(
     assert parameters_by_part(config) == built_counts(config, context)
 
 
-@pytest.mark.parametrize("fault", [{"qkv_bias": True}, {"tied_embeddings": True}, {"num_key_value_heads": 6}])
+@pytest.mark.parametrize(
+    "fault",
+    [{"qkv_bias": True}, {"tied_embeddings": True}, {"num_key_value_heads": 6}, {"vocab_padding": 16}],
+)
 def test_another_model_has_others(context: ParallelContext, fault: dict[str, object]) -> None:
     """The fault twin: a plan for a model that differs in one choice."""
     planned = parameters_by_part(recipe("idm", fault, {}))
