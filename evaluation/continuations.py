@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from evaluation.huggingface_model import ColaModel
 
@@ -74,12 +74,13 @@ def base_samples(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tok
     return _new_tokens(output, prompts_PS, count)
 
 
-def base_language_model(model: ColaModel) -> LlamaForCausalLM:
-    """The frozen base as an ordinary Llama that shares the model's weights, for its cached generation."""
+def base_language_model(model: ColaModel) -> PreTrainedModel:
+    """The frozen base as an ordinary Llama or Qwen2.5 that shares the model's weights, for its cached generation."""
     own = model.config.to_dict()
-    names = LlamaConfig().to_dict().keys() - {"architectures", "model_type", "transformers_version"}
+    plain, library = (Qwen2Config, Qwen2ForCausalLM) if own["qkv_bias"] else (LlamaConfig, LlamaForCausalLM)
+    names = plain().to_dict().keys() - {"architectures", "model_type", "transformers_version"}
     with torch.device(model.device):
-        base = LlamaForCausalLM(LlamaConfig.from_dict({name: own[name] for name in names if name in own}))
+        base = library(plain.from_dict({name: own[name] for name in names if name in own}))
     weights = model.state_dict()
     base.load_state_dict({name: weights[name] for name in base.state_dict()}, assign=True)
     return base.eval()

@@ -1,9 +1,11 @@
 """The configuration of a CoLA model: a Llama's, and the sizes of the parts that act on it.
 
 Read by `modeling_cola.py` beside it. The `*_cola.py` files are copied into every exported model folder, where
-`AutoConfig.from_pretrained(folder, trust_remote_code=True)` finds them: they import nothing of the project.
+`AutoConfig.from_pretrained(folder, trust_remote_code=True)` finds them: they import nothing of the project, and
+run on transformers 5 and on 4.57, the last of the fours.
 """
 
+import inspect
 from typing import Any
 
 from transformers import LlamaConfig
@@ -20,6 +22,8 @@ class ColaConfig(LlamaConfig):
     num_policy_layers: decoder layers of the policy; 0 leaves it out (before the policy is trained).
     output_form: what the language-model head gets of the merged state s, h being the base's normed hidden
         state: "reference" norm(s) - h, as the authors' code has it; "residual" s itself.
+    qkv_bias: the query, key and value projections of all decoder layers have a bias and the output projection
+        has none, as in Qwen2.5.
 
     The authors' names for the four sizes (num_code, num_action_layer, num_dyna_layer, num_policy_layer) are
     understood as well. Raises ValueError naming every field that is wrong.
@@ -42,6 +46,7 @@ class ColaConfig(LlamaConfig):
         num_merge_layers: int = 2,
         num_policy_layers: int = 8,
         output_form: str = "reference",
+        qkv_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         # Before the parent's turn, which may hold the same sizes under the authors' names.
@@ -50,7 +55,8 @@ class ColaConfig(LlamaConfig):
         self.num_merge_layers = num_merge_layers
         self.num_policy_layers = num_policy_layers
         self.output_form = output_form
-        super().__init__(**kwargs)
+        self.qkv_bias = qkv_bias
+        super().__init__(**_rope_as_understood(kwargs))
         if problems := self._problems():
             raise ValueError("the model's configuration is wrong: " + "; ".join(problems))
 
@@ -63,4 +69,23 @@ class ColaConfig(LlamaConfig):
         ]
         if self.output_form not in OUTPUT_FORMS:
             problems.append(f"output_form is {self.output_form!r}, must be one of {', '.join(OUTPUT_FORMS)}")
+        if not isinstance(self.qkv_bias, bool):
+            problems.append(f"qkv_bias is {self.qkv_bias!r}, must be True or False")
+        if self.attention_bias:
+            problems.append(
+                "attention_bias would put a bias on the output projection too: give qkv_bias instead"
+            )
         return problems
+
+
+def _rope_as_understood(fields: dict[str, Any]) -> dict[str, Any]:
+    # rope_parameters is new in transformers 5, which still reads the two fields that it replaced. transformers 4
+    # would take the new one for something unknown, and turn by the default angles.
+    if "rope_parameters" in inspect.signature(LlamaConfig.__init__).parameters:
+        return fields
+    rest = dict(fields)
+    if rope := dict(rest.pop("rope_parameters", None) or {}):
+        if "rope_theta" in rope:
+            rest["rope_theta"] = rope.pop("rope_theta")
+        rest["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return rest

@@ -1,15 +1,15 @@
-"""Generation under actions: the action of each step is planned, or chosen from the policy's logits.
+"""Generation under actions: the action of each step is planned, asked of the caller, or the policy's choice.
 
 Used by `modeling_cola.py` and copied beside exported weights with it: it imports only torch and transformers.
 Shapes in names: B batch, S sequence, K positions whose logits are kept, A actions, N new tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import (
     LogitsProcessor,
@@ -20,7 +20,17 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateOutput
 from transformers.utils import ModelOutput
 
-ActionPlan = int | Sequence[int] | torch.Tensor
+ActionPlan = int | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
+# From the number of new tokens so far, the policy's logits [B, A] (None without a policy) and all tokens so far
+# [B, S] to the next actions ([B], or one number for all), or None to let the policy choose.
+ActionCallback = Callable[[int, torch.Tensor | None, torch.Tensor], int | torch.Tensor | None]
+# From the policy's logits [B, K, A] (None without a policy) to actions of any shape that `expand_actions` takes,
+# or None to let the policy choose.
+ActionChooser = Callable[[torch.Tensor | None], int | torch.Tensor | None]
+
+# How the policy draws actions: keywords of `forward`, and of `generate`, which also finds them stored in a
+# model's generation_config.json.
+ACTION_SAMPLING = ("do_sample_actions", "action_temperature", "action_top_k", "action_top_p")
 
 
 @dataclass
@@ -48,18 +58,38 @@ class ActionGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, *args: Any, action_plan: ActionPlan | None = None, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        action_plan: ActionPlan | None = None,
+        action_callback: ActionCallback | None = None,
+        **kwargs: Any,
     ) -> GenerateOutput | torch.LongTensor:
         """Token ids, prompt included, by transformers' own keywords and the action keywords of `forward`.
 
         action_plan: the action for every new token (one number), or for each of the first n ([n], or [B, n]
-        for a row each); after its end the policy goes on. With `return_dict_in_generate=True` the output's
-        `actions` [B, new tokens] are those taken; they mean nothing where a row has ended and is padded.
+        for a row each). Where the plan has ended, action_callback(step, action_logits_BA, input_ids_BS) is
+        asked, and where that gives None, or there is none, the policy goes on. Beams and several returned
+        sequences are rows of the callback's batch; of a prompt read in pieces (prefill_chunk_size) it sees one
+        piece at a time. Action sampling that is not given is that of the
+        generation config, if stored there.
+
+        With `return_dict_in_generate=True` the output's `actions` [B, N] are those taken, and
+        `action_log_probs` [B, N] what the policy itself (before temperature, top_k and top_p) thought of them;
+        absent without a policy. Both mean nothing where a row has ended and is padded.
         """
-        steps = ActionSteps(action_plan, self.config.num_actions)  # type: ignore[attr-defined]
-        result = super().generate(*args, action_steps=steps, **kwargs)  # type: ignore[misc]
+        given = {name: kwargs.pop(name, None) for name in ACTION_SAMPLING}
+        sampling = _with_stored(given, generation_config, self.generation_config)
+        num_actions = self.config.num_actions  # type: ignore[attr-defined]
+        steps = ActionSteps(action_plan, action_callback, sampling, num_actions)
+        result = super().generate(  # type: ignore[misc]
+            inputs, generation_config, *args, action_steps=steps, **kwargs
+        )
         if isinstance(result, ModelOutput):
-            result["actions"] = steps.taken_by(result)
+            for name, steps_B in (("actions", steps.taken), ("action_log_probs", steps.log_probs)):
+                if steps_B:
+                    result[name] = _of_returned_sequences(steps_B, result)
         return result
 
     def prepare_inputs_for_generation(
@@ -69,43 +99,108 @@ class ActionGenerationMixin(GenerationMixin):
         action_steps: "ActionSteps | None" = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `forward` gets at the next step: the usual, and the action where one is planned."""
+        """What `forward` gets at the next step: the usual, and how its actions are chosen."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if action_steps is not None:
-            inputs["actions"] = action_steps.planned(input_ids.shape[0])
+            inputs |= action_steps.sampling
+            inputs["actions"] = action_steps.next_actions(input_ids)
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
     ) -> dict[str, Any]:
         if (action_steps := model_kwargs.get("action_steps")) is not None:
-            action_steps.taken.append(outputs["actions"][:, -1])
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+            action_steps.note(outputs["actions"], outputs.get("action_logits"), num_new_tokens)
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
 
 
 class ActionSteps:
-    """The actions of one `generate` call: those planned, and those taken so far ([B] a step)."""
+    """The actions of one `generate` call: how the next are chosen, and those taken so far ([B] a step)."""
 
-    def __init__(self, plan: ActionPlan | None, num_actions: int) -> None:
+    def __init__(
+        self,
+        plan: ActionPlan | None,
+        callback: ActionCallback | None,
+        sampling: dict[str, Any],
+        num_actions: int,
+    ) -> None:
         self.plan = None if plan is None else checked_actions(plan, num_actions)
+        if self.plan is not None and self.plan.dim() > 2:
+            raise ValueError(f"action_plan has shape {list(self.plan.shape)}: give a number, [n] or [B, n]")
+        self.callback = callback
+        self.sampling = sampling
+        self.num_actions = num_actions
         self.taken: list[torch.Tensor] = []
+        self.log_probs: list[torch.Tensor] = []
 
-    def planned(self, batch_size: int) -> torch.Tensor | None:
-        """The next step's action [B, 1], or None where the policy is to choose."""
-        step = len(self.taken)
-        if self.plan is None or (self.plan.dim() > 0 and step >= self.plan.shape[-1]):
+    def next_actions(self, tokens_BS: torch.Tensor) -> torch.Tensor | ActionChooser | None:
+        """The next step's actions [B, 1], a function that asks for them, or None: the policy is to choose."""
+        step, batch_size = len(self.taken), len(tokens_BS)
+        if self.plan is not None and (self.plan.dim() == 0 or step < self.plan.shape[-1]):
+            rows = (self.plan if self.plan.dim() == 0 else self.plan[..., step]).reshape(-1, 1)
+            if not len(rows) or batch_size % len(rows):
+                raise ValueError(f"action_plan has {len(rows)} rows, the batch {batch_size}")
+            # One prompt may have become several rows: beams, or several returned sequences.
+            return rows.repeat_interleave(batch_size // len(rows), dim=0)
+        if self.callback is None:
             return None
-        rows = (self.plan if self.plan.dim() == 0 else self.plan[..., step]).reshape(-1, 1)
-        if batch_size % len(rows):
-            raise ValueError(f"action_plan has {len(rows)} rows, the batch {batch_size}")
-        # One prompt may have become several rows: beams, or several returned sequences.
-        return rows.repeat_interleave(batch_size // len(rows), dim=0)
+        return lambda logits_BKA: self._asked(logits_BKA, tokens_BS)
 
-    def taken_by(self, result: ModelOutput) -> torch.Tensor:
-        """Actions [B, N] of the sequences returned; a beam search says from which row each token came."""
-        actions_BN = torch.stack(self.taken, dim=1)
-        rows_BN = result.get("beam_indices")
-        return actions_BN if rows_BN is None else actions_BN.gather(0, rows_BN.clamp(min=0))
+    def _asked(self, logits_BKA: torch.Tensor | None, tokens_BS: torch.Tensor) -> torch.Tensor | None:
+        assert self.callback is not None, "next_actions asks only where there is one"
+        logits_BA = None if logits_BKA is None else logits_BKA[:, -1]
+        answer = self.callback(len(self.taken), logits_BA, tokens_BS)
+        if answer is None:
+            return None
+        actions_B = checked_actions(answer, self.num_actions)
+        if actions_B.dim() and actions_B.shape != tokens_BS.shape[:1]:
+            raise ValueError(
+                f"action_callback gave actions of shape {list(actions_B.shape)}: give [{len(tokens_BS)}], "
+                "a single number or None"
+            )
+        return actions_B.expand(len(tokens_BS)).unsqueeze(1)
+
+    def note(self, actions_BK: torch.Tensor, logits_BKA: torch.Tensor | None, num_new: int) -> None:
+        """Add the actions of the tokens just made: of the first `num_new` positions of K."""
+        by_step = self.callback is not None or (self.plan is not None and self.plan.dim() > 0)
+        if by_step and actions_BK.shape[1] > 1:
+            raise ValueError(
+                "assisted generation tries several tokens at once, and an action_callback or a plan of several "
+                "actions goes token by token: leave out one or the other"
+            )
+        self.taken += actions_BK[:, :num_new].unbind(dim=1)
+        if logits_BKA is not None:
+            self.log_probs += action_log_probs(logits_BKA, actions_BK)[:, :num_new].unbind(dim=1)
+
+
+def _of_returned_sequences(steps_B: list[torch.Tensor], result: ModelOutput) -> torch.Tensor:
+    # [B, N] of the sequences returned; a beam search says from which row each token came.
+    values_BN = torch.stack(steps_B, dim=1)
+    rows_BN = result.get("beam_indices")
+    return values_BN if rows_BN is None else values_BN.gather(0, rows_BN.clamp(min=0))
+
+
+def _with_stored(given: dict[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
+    # What is given, or else stored in the first config that has it; all that is stored, or nothing.
+    if given["do_sample_actions"] is False:
+        return given
+    stored = {
+        name: next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
+        for name in ACTION_SAMPLING
+    }
+    return {name: stored[name] if value is None else value for name, value in given.items()}
+
+
+def action_log_probs(logits_BKA: torch.Tensor, actions_BK: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B, K] of the actions under the policy itself, in float32: no temperature, all actions."""
+    log_probs_BKA = logits_BKA.float().log_softmax(dim=-1)
+    return log_probs_BKA.gather(-1, actions_BK.unsqueeze(-1).to(logits_BKA.device)).squeeze(-1)
 
 
 def choose_actions(
@@ -139,11 +234,17 @@ def choose_actions(
 
 def checked_actions(actions: ActionPlan, num_actions: int) -> torch.Tensor:
     """The actions as a tensor of long; ValueError where one is no whole number from 0 to num_actions - 1."""
-    actions = torch.as_tensor(actions)
-    in_range = not actions.numel() or bool(0 <= actions.min() <= actions.max() < num_actions)
-    if actions.is_floating_point() or not in_range:
-        raise ValueError(f"actions must be whole numbers from 0 to {num_actions - 1}")
-    return actions.long()
+    wrong = ValueError(f"actions must be whole numbers from 0 to {num_actions - 1}, in rows of one length")
+    try:
+        tensor = torch.as_tensor(actions)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong from error
+    if not tensor.numel():
+        return tensor.long()
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+    if not is_whole or not bool(0 <= tensor.min() <= tensor.max() < num_actions):
+        raise wrong
+    return tensor.long()
 
 
 def expand_actions(actions: ActionPlan, num_actions: int, tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
     model.generate(ids, max_new_tokens=32)                    # the policy takes its likeliest actions
     model.generate(ids, max_new_tokens=32, do_sample_actions=True, action_temperature=2.0)
     model.generate(ids, max_new_tokens=32, action_plan=17)    # action 17 throughout; or tensors [n], [B, n]
+    model.generate(ids, max_new_tokens=32, action_callback=my_search)  # asked for the action of each step
     model.forward_world_model(ids[:, :-1], model.infer_actions(ids))  # a text under its own actions
 
 The base Llama reads the tokens into h, its hidden state after the final norm. The inverse dynamics model
@@ -13,12 +14,14 @@ All share the base's positions and attention mask; one cache holds the base's la
 
 Shapes in names: B batch, S sequence, K the positions that `logits_to_keep` keeps, H hidden, V vocabulary,
 A actions, C actions of one chunk. The `*_cola.py` files are copied beside exported weights: they import only
-torch, transformers and each other.
+torch, transformers and each other, and run on transformers 5 and on 4.57, the last of the fours.
 """
 
 import copy
-from collections.abc import Iterable
-from typing import Any, TypedDict
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +29,19 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .configuration_cola import ColaConfig
-from .generation_cola import ActionGenerationMixin, ColaCausalLMOutput, choose_actions, expand_actions
+from .generation_cola import (
+    ActionChooser,
+    ActionGenerationMixin,
+    ColaCausalLMOutput,
+    choose_actions,
+    expand_actions,
+)
 
 
 class LayerInputs(TypedDict):
@@ -42,6 +52,7 @@ class LayerInputs(TypedDict):
     position_embeddings: tuple[Tensor, Tensor]
     past_key_values: Cache | None
     use_cache: bool
+    cache_position: NotRequired[Tensor]  # transformers 4 only
 
 
 class ActionCodebook(nn.Linear):
@@ -55,7 +66,7 @@ class ActionCodebook(nn.Linear):
         return nn.functional.embedding(actions, self.weight.t())
 
 
-class MergeMLP(nn.Module):
+class MergeMLP(GradientCheckpointingLayer):
     """A gated MLP over state and code side by side, added to the state; no norm, no bias."""
 
     def __init__(self, config: ColaConfig) -> None:
@@ -130,24 +141,29 @@ class ColaModel(ColaPreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        slots_S = torch.arange(input_ids.shape[1], device=input_ids.device) + past_length
         if position_ids is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = _count_positions(input_ids, attention_mask, past_length)
+            position_ids = _count_positions(slots_S, attention_mask)
         embeds_BSH = self.embed_tokens(input_ids)
-        mask = create_causal_mask(
+        mask = _causal_mask(
             config=self.config,
             inputs_embeds=embeds_BSH,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            cache_position=slots_S,
         )
-        return embeds_BSH, {
+        inputs: LayerInputs = {
             "attention_mask": mask,
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(embeds_BSH, position_ids=position_ids),
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
+        if "cache_position" in _parameters(LlamaDecoderLayer.forward):
+            inputs["cache_position"] = slots_S
+        return embeds_BSH, inputs
 
     def run_base(
         self, embeds_BSH: Tensor, inputs: LayerInputs, output_hidden_states: bool | None = None
@@ -170,7 +186,7 @@ class ColaModel(ColaPreTrainedModel):
         if not self.config.num_policy_layers:
             raise ValueError(
                 "this model has no policy (num_policy_layers is 0): say which actions to take, with "
-                "actions=... or, in generate, action_plan=..."
+                "actions=... or, in generate, action_plan=... or action_callback=..."
             )
         policy_BSH = _run(self.policy_layers, hidden_BSH, inputs)
         return self.policy_head(self.policy_norm(_kept(policy_BSH, logits_to_keep)))
@@ -217,7 +233,7 @@ class ColaForCausalLM(ColaPreTrainedModel, ActionGenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        actions: Tensor | int | None = None,
+        actions: Tensor | int | ActionChooser | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         do_sample_actions: bool | None = None,
@@ -231,10 +247,13 @@ class ColaForCausalLM(ColaPreTrainedModel, ActionGenerationMixin):
 
         The policy takes its likeliest action, or draws one as in `choose_actions`. It sees all positions, for
         its cache; merge MLPs and head see only the last `logits_to_keep` (0: all), or those listed there.
+        actions may be a function that makes such actions of the policy's logits, or None for its choice.
         labels [B, S]: token ids, -100 where not counted; position t is compared with the label at t + 1.
         """
-        # The loss knows the trainer's num_items_in_batch; None stands for keywords a wrapper does not use.
-        if unknown := {name for name in kwargs if kwargs[name] is not None} - {"num_items_in_batch"}:
+        # The loss knows the trainer's num_items_in_batch, transformers 4 tells a position that `embed` counts
+        # itself, and None stands for keywords a wrapper does not use.
+        known = {"num_items_in_batch", "cache_position"}
+        if unknown := {name for name in kwargs if kwargs[name] is not None} - known:
             raise TypeError(f"ColaForCausalLM does not know the keywords {', '.join(sorted(unknown))}")
         if past_key_values is not None:
             _make_room(past_key_values, self.config.num_hidden_layers + self.config.num_policy_layers)
@@ -242,15 +261,18 @@ class ColaForCausalLM(ColaPreTrainedModel, ActionGenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, use_cache
         )
         base = self.model.run_base(embeds_BSH, inputs, output_hidden_states)
-        action_logits_BKA = None
-        if actions is None or self.config.num_policy_layers:
-            action_logits_BKA = self.model.policy_logits(base.last_hidden_state, inputs, logits_to_keep)
-        if actions is not None:
-            actions_BK = _kept(expand_actions(actions, self.config.num_actions, input_ids), logits_to_keep)
+        ask_policy = functools.partial(
+            self.model.policy_logits, base.last_hidden_state, inputs, logits_to_keep
+        )
+        action_logits_BKA = ask_policy() if self.config.num_policy_layers else None
+        given = actions(action_logits_BKA) if callable(actions) else actions
+        if given is not None:
+            actions_BK = _kept(expand_actions(given, self.config.num_actions, input_ids), logits_to_keep)
         else:
-            assert action_logits_BKA is not None, "policy_logits raises where there is no policy"
             sampling = (do_sample_actions, action_temperature, action_top_k, action_top_p)
-            actions_BK = choose_actions(action_logits_BKA, *sampling)
+            actions_BK = choose_actions(
+                ask_policy() if action_logits_BKA is None else action_logits_BKA, *sampling
+            )
         logits_BKV = self._world_logits(_kept(base.last_hidden_state, logits_to_keep), actions_BK)
         loss = None
         if labels is not None:
@@ -315,7 +337,29 @@ class ColaForCausalLM(ColaPreTrainedModel, ActionGenerationMixin):
 
 
 def _decoder_layers(config: ColaConfig, numbers: Iterable[int]) -> nn.ModuleList:
-    return nn.ModuleList(LlamaDecoderLayer(config, number) for number in numbers)
+    return nn.ModuleList(_decoder_layer(config, number) for number in numbers)
+
+
+def _decoder_layer(config: ColaConfig, number: int) -> LlamaDecoderLayer:
+    layer = LlamaDecoderLayer(config, number)
+    if config.qkv_bias:
+        attention = layer.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.bias = nn.Parameter(torch.zeros(projection.out_features))
+    return layer
+
+
+@functools.cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    # What this version of transformers' function takes.
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _causal_mask(**keywords: Any) -> object:
+    # transformers 4 calls the embeddings input_embeds, and has to be told the tokens' slots in the cache.
+    keywords["input_embeds"] = keywords["inputs_embeds"]
+    known = _parameters(create_causal_mask)
+    return create_causal_mask(**{name: value for name, value in keywords.items() if name in known})
 
 
 def _run(
@@ -338,11 +382,10 @@ def _make_room(cache: Cache, num_layers: int) -> None:
         cache.layers.extend(copy.deepcopy(cache.layers[-1]) for _ in range(missing))
 
 
-def _count_positions(input_ids: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
-    num_new = input_ids.shape[1]
+def _count_positions(slots_S: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -num_new:]
-    return (torch.arange(num_new, device=input_ids.device) + past_length).unsqueeze(0)
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -len(slots_S) :]
+    return slots_S.unsqueeze(0)
 
 
 def _kept(values_BS: Tensor, logits_to_keep: int | Tensor) -> Tensor:

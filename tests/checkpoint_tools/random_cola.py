@@ -2,11 +2,18 @@
 
 With the usual small initial weights attention is nearly flat, and a wrong rotary scaling, head order or mask
 hardly changes the output; so weights here are large, head size is 64, and the norms are not all ones.
+These files and the tests of the model need only torch, transformers 5 or 4, and pytest.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
@@ -20,6 +27,9 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 def tiny_config(**fields: Any) -> ColaConfig:
@@ -52,6 +62,27 @@ def random_cola(seed: int = 0, attn_implementation: str = "sdpa", **fields: Any)
     model = ColaForCausalLM(config).eval()
     randomise(model, seed)
     return model
+
+
+def rope_fields(config: ColaConfig) -> dict[str, Any]:
+    """The rotary fields of a configuration, under the names that this version of transformers has for them."""
+    if hasattr(config, "rope_parameters"):
+        return {"rope_parameters": config.rope_parameters}
+    return {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+
+
+def save_with_tokenizer(model: ColaForCausalLM, folder: Path) -> PreTrainedTokenizerFast:
+    """Write the model's folder, and in it a tokenizer of one token a word: " w2", " w3", ..., and </s>, <unk>."""
+    words = {f" w{number}": number for number in range(2, model.config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, **words}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(" ", behavior="merged_with_next")
+    tokenizer.decoder = Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return fast
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -204,6 +204,18 @@ def test_a_plan_is_followed_and_then_the_policy_goes_on(cola: ColaForCausalLM, p
     assert torch.equal(sequences[:, -NEW:], logits.argmax(-1)[:, -NEW:])
 
 
+def test_a_plan_a_row_under_left_padding_equals_single_prompts(cola: ColaForCausalLM) -> None:
+    prompts, batch, mask = left_padded((60, 33))
+    plan_BN = random_tokens(2, 5, seed=3, vocab_size=64)
+    sequences, actions = generate_with_actions(cola, batch, NEW, attention_mask=mask, action_plan=plan_BN)
+    for row, prompt in enumerate(prompts):
+        single, single_actions = generate_with_actions(cola, prompt, NEW, action_plan=plan_BN[row].tolist())
+        assert torch.equal(sequences[row, -NEW:], single[0, -NEW:])
+        assert torch.equal(actions[row], single_actions[0])
+        other, _ = generate_with_actions(cola, prompt, NEW, action_plan=plan_BN[1 - row])
+        assert not torch.equal(other[0, -NEW:], single[0, -NEW:])
+
+
 def test_without_a_policy_actions_must_be_planned(cola: ColaForCausalLM) -> None:
     model, tokens = random_cola(num_policy_layers=0, num_idm_layers=0), random_tokens(1, 16)
     _, actions = generate_with_actions(model, tokens, 4, action_plan=3)
@@ -212,12 +224,30 @@ def test_without_a_policy_actions_must_be_planned(cola: ColaForCausalLM) -> None
         model.generate(tokens, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("plan", [64, [3, -1], torch.zeros(3, 4).long()])
-def test_a_plan_that_does_not_fit_is_refused(
-    cola: ColaForCausalLM, plan: int | list[int] | torch.Tensor
-) -> None:
-    with pytest.raises(ValueError, match=r"from 0 to 63|3 rows, the batch 2"):
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (64, "from 0 to 63"),
+        ([3, -1], "from 0 to 63"),
+        (2.0, "whole numbers"),
+        ([3, None], "whole numbers"),
+        (True, "whole numbers"),
+        ("7", "whole numbers"),
+        ([[1, 2], [3]], "rows of one length"),
+        (torch.zeros(3, 4).long(), "3 rows, the batch 2"),
+        (torch.zeros(0, 4).long(), "0 rows, the batch 2"),
+        (torch.zeros(2, 1, 4).long(), r"shape \[2, 1, 4\]: give a number, \[n\] or \[B, n\]"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(cola: ColaForCausalLM, plan: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         cola.generate(random_tokens(2, 16), max_new_tokens=4, action_plan=plan)
+
+
+def test_an_empty_plan_leaves_all_to_the_policy(cola: ColaForCausalLM) -> None:
+    tokens_BS = random_tokens(2, 16)
+    found = generate_with_actions(cola, tokens_BS, 4, action_plan=[])
+    assert torch.equal(found[1], generate_with_actions(cola, tokens_BS, 4)[1])
 
 
 def test_a_misspelt_keyword_is_refused(cola: ColaForCausalLM) -> None:

@@ -1,11 +1,12 @@
 """The model class: parameters, the base, actions, the mixture, losses, precision and errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
@@ -96,27 +97,6 @@ def test_keys_have_the_published_names_and_shapes(cola: ColaForCausalLM) -> None
 # The base
 
 
-def llama_with_weights_of(cola: ColaForCausalLM, *, with_scaling: bool) -> LlamaForCausalLM:
-    fields = {name: getattr(cola.config, name) for name in LLAMA_3_1_8B}
-    rope = cola.config.rope_parameters if with_scaling else {"rope_type": "default", "rope_theta": 500000.0}
-    llama = LlamaForCausalLM(
-        LlamaConfig(**fields, rope_parameters=rope, rms_norm_eps=1e-5, max_position_embeddings=131072)
-    )
-    missing, _ = llama.load_state_dict(cola.state_dict(), strict=False)
-    assert not missing
-    return llama.eval()
-
-
-@pytest.mark.parametrize(("with_scaling", "is_equal"), [(True, True), (False, False)])
-@torch.inference_mode()
-def test_the_base_is_llama(
-    cola: ColaForCausalLM, tokens: torch.Tensor, with_scaling: bool, is_equal: bool
-) -> None:
-    llama = llama_with_weights_of(cola, with_scaling=with_scaling)
-    difference = greatest_difference(cola.base_logits(tokens), llama(tokens).logits)
-    assert difference < 1e-4 if is_equal else difference > 0.1
-
-
 @torch.inference_mode()
 def test_sdpa_and_eager_attention_agree(cola: ColaForCausalLM, tokens: torch.Tensor) -> None:
     eager = random_cola(attn_implementation="eager")
@@ -187,6 +167,16 @@ def test_actions_are_given_one_a_token_one_a_row_or_one_for_all(cola: ColaForCau
 
 
 @torch.inference_mode()
+def test_actions_may_be_a_function_of_the_policys_logits(cola: ColaForCausalLM) -> None:
+    tokens_BS = random_tokens(2, 40)
+    least_likely = cola.policy_logits(tokens_BS).argmin(-1)
+    output = cola(tokens_BS, actions=lambda logits_BKA: logits_BKA.argmin(-1))
+    assert torch.equal(output.actions, least_likely)
+    assert torch.equal(output.logits, cola(tokens_BS, actions=least_likely).logits)
+    assert torch.equal(cola(tokens_BS, actions=lambda _: None).logits, cola(tokens_BS).logits)
+
+
+@torch.inference_mode()
 def test_logits_to_keep_keeps_exactly_those(cola: ColaForCausalLM, tokens: torch.Tensor) -> None:
     full, last = cola(tokens), cola(tokens, logits_to_keep=3)
     listed = cola(tokens, logits_to_keep=torch.tensor([0, 511]), actions=full.actions)
@@ -251,20 +241,80 @@ def test_labels_give_the_mean_next_token_loss(cola: ColaForCausalLM, tokens: tor
         assert output.loss != pytest.approx(unshifted.item(), abs=1e-2)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    tokens, gradients = random_tokens(2, 24), []
-    for checkpointing in (False, True):
-        model = random_cola().train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-            assert model.model.policy_layers[0].gradient_checkpointing
-        output = model(tokens, actions=3, labels=tokens)
-        (output.loss + output.action_logits.logsumexp(-1).mean()).backward()
-        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
-    plain, checkpointed = gradients
-    without = {name for name, gradient in plain.items() if gradient is None}
-    assert all("action_layers" in name or "action_norm" in name or "action_head" in name for name in without)
-    assert all(torch.allclose(plain[name], checkpointed[name]) for name in set(plain) - without)
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """transformers 5.23 has another name for it than the versions before."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient() -> None:
+    plain, checkpointed = random_cola().train(), random_cola().train()
+    enable_checkpointing(checkpointed)
+    kept_plain, passes_plain = one_backward_pass(plain)
+    kept, passes = one_backward_pass(checkpointed)
+    assert passes_plain == {"layers": 1, "policy_layers": 1, "action_merge_layers": 1}
+    assert passes == {"layers": 2, "policy_layers": 2, "action_merge_layers": 2}, "again for the gradients"
+    assert kept < 0.2 * kept_plain
+    for (name, weight), (_, expected) in zip(
+        checkpointed.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        is_idm = any(part in name for part in ("action_layers", "action_norm", "action_head"))
+        assert (weight.grad is None) == (expected.grad is None) == is_idm
+        if weight.grad is not None and expected.grad is not None:
+            assert greatest_difference(weight.grad, expected.grad) < 1e-5 * float(expected.grad.abs().max())
+
+
+def one_backward_pass(model: ColaForCausalLM) -> tuple[int, dict[str, int]]:
+    """Bytes kept for the backward pass besides weights, and how often a layer of each stack was computed."""
+    tokens_BS, kept = random_tokens(2, 24), {}
+    weights = {weight.data_ptr() for weight in model.parameters()}
+    passes = {"layers": 0, "policy_layers": 0, "action_merge_layers": 0}
+
+    def count(stack: str) -> Callable[..., None]:
+        return lambda *_: passes.update({stack: passes[stack] + 1})
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    for stack in passes:
+        last = getattr(model.model, stack)[1]
+        getattr(last, "mlp", last).down_proj.register_forward_pre_hook(count(stack))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(tokens_BS, actions=3, labels=tokens_BS)
+        loss = output.loss + output.action_logits.logsumexp(-1).mean()
+    loss.backward()
+    return sum(kept.values()), passes
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_a_resized_vocabulary_leaves_the_old_tokens_as_they_were(tied: bool) -> None:
+    model, tokens_BS = random_cola(tie_word_embeddings=tied), random_tokens(2, 16)
+    before = model(tokens_BS, actions=3).logits
+    model.resize_token_embeddings(330, mean_resizing=False)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    output = model(tokens_BS, actions=3, labels=tokens_BS)
+    assert output.logits.shape == (2, 16, 330)
+    assert greatest_difference(output.logits[..., :320], before) < 1e-4
+    assert output.loss.isfinite()
+    assert model.policy_mixture_log_probs(tokens_BS).shape == (2, 16, 330)
+
+
+@torch.inference_mode()
+def test_input_embeddings_can_be_exchanged() -> None:
+    model, tokens_BS = random_cola(), random_tokens(2, 16)
+    backwards = torch.nn.Embedding.from_pretrained(model.model.embed_tokens.weight.flip(0))
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    before = model(tokens_BS).logits
+    model.set_input_embeddings(backwards)
+    assert greatest_difference(model(319 - tokens_BS).logits, before) == 0
+    assert greatest_difference(model(tokens_BS).logits, before) > 1.0
 
 
 # Precision and errors

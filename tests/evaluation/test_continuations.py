@@ -12,7 +12,7 @@ from evaluation.continuations import (
     random_actions,
 )
 from evaluation.huggingface_model import ExportedModel
-from tests.checkpoint_tools.random_cola import random_tokens
+from tests.checkpoint_tools.random_cola import random_cola, random_tokens
 from tests.evaluation.tiny_demo import EOS_ID, WORDS
 
 # P prompts, M continuations, N new tokens.
@@ -78,3 +78,16 @@ def test_base_alone_says_what_the_model_calls_its_base(
         assert not torch.allclose(logits, exported.model.forward_world_model(prompts, 0), atol=1e-1)
     shared = exported.model.state_dict()["lm_head.weight"]
     assert base.lm_head.weight.data_ptr() == shared.data_ptr(), "weights are shared, not copied"
+
+
+def test_a_base_with_biases_keeps_them(prompts: torch.Tensor) -> None:
+    """A Qwen2.5 base; without its biases it says something else."""
+    model = random_cola(qkv_bias=True)
+    base = base_language_model(model)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.allclose(base(prompts).logits, model.base_logits(prompts), atol=1e-5)
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.bias.zero_()
+        assert not torch.allclose(
+            base(prompts).logits, random_cola(qkv_bias=True).base_logits(prompts), atol=1e-1
+        )
