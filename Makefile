@@ -16,7 +16,7 @@ ABLATION ?=
 DOCTOR ?=
 TEST ?=
 
-.PHONY: help setup demo ablation doctor test bench-data bench-tokenizers bench-train bench-gpu format check clean-demo
+.PHONY: help setup demo ablation doctor test bench-data bench-tokenizers bench-train bench-convert bench-gpu format check clean-demo
 
 help: ## this list
 	@echo "CoLA on Megatron-core: a frozen Llama with 64 latent actions."
@@ -68,6 +68,9 @@ bench-tokenizers: $(BENCH_STAMP) ## tokenizer libraries by kind of text, for exa
 
 bench-train: $(STAMP) ## both stages beside plain PyTorch and full training (15 minutes; BENCH=--help)
 	$(PYTHON) benchmarks/train_bench.py $(BENCH)
+
+bench-convert: $(STAMP) ## models in and out beside a copy of the same bytes (10 minutes; BENCH=--help)
+	$(PYTHON) benchmarks/convert_bench.py $(BENCH)
 
 bench-gpu: $(STAMP) ## both stages on one GPU, beside the ceiling of its matrix products (BENCH=--help)
 	$(PYTHON) benchmarks/gpu_bench.py $(BENCH)

@@ -7,6 +7,7 @@ compared.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -60,7 +61,7 @@ def policy_actions(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_t
 def base_samples(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tokens: int) -> torch.Tensor:
     """`count` continuations of the frozen base alone, tokens sampled at temperature 1."""
     rows = prompts_PS.repeat_interleave(count, dim=0)
-    output = base_language_model(model).generate(  # type: ignore[misc]  # typed by a protocol it lacks
+    output = base_language_model(model).generate(  # type: ignore[operator]  # typed by a protocol it lacks
         input_ids=rows,
         attention_mask=torch.ones_like(rows),
         max_new_tokens=new_tokens,
@@ -77,10 +78,11 @@ def base_samples(model: ColaModel, prompts_PS: torch.Tensor, count: int, new_tok
 def base_language_model(model: ColaModel) -> PreTrainedModel:
     """The frozen base as an ordinary Llama or Qwen2.5 that shares the model's weights, for its cached generation."""
     own = model.config.to_dict()
-    plain, library = (Qwen2Config, Qwen2ForCausalLM) if own["qkv_bias"] else (LlamaConfig, LlamaForCausalLM)
+    of_qwen, of_llama = (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)
+    plain, library = cast(tuple[Any, Any], of_qwen if own["qkv_bias"] else of_llama)
     names = plain().to_dict().keys() - {"architectures", "model_type", "transformers_version"}
     with torch.device(model.device):
-        base = library(plain.from_dict({name: own[name] for name in names if name in own}))
+        base: PreTrainedModel = library(plain.from_dict({name: own[name] for name in names if name in own}))
     weights = model.state_dict()
     base.load_state_dict({name: weights[name] for name in base.state_dict()}, assign=True)
     return base.eval()

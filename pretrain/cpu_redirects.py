@@ -37,6 +37,14 @@ def weight_device() -> torch.device | None:
     return training_device() if on_cuda() else None
 
 
+def run_without_gpus() -> None:
+    """Start this program again where it sees no GPU, unless it sees none: converting needs none, and memory for one."""
+    if on_cuda():
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        )
+
+
 def apply() -> None:
     """Redirect Megatron's CUDA assumptions to the CPU. Idempotent; a no-op where CUDA is present."""
     global _applied

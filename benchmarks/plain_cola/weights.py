@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.plain_cola.model import PlainCola
 from benchmarks.plain_cola.settings import PlainMethod, PlainOptimizer, PlainSizes
-from checkpoint_tools.weight_map import Rule, to_huggingface, to_megatron, weight_rules
+from checkpoint_tools.formats.weight_map import Rule, to_huggingface, to_megatron, weight_rules
 from pretrain.config import RunConfig
 
 # The published names of all tensors but the head's begin with it.

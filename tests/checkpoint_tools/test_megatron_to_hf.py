@@ -164,19 +164,83 @@ def test_a_run_without_policy_exports_what_it_has(runs: Path, tmp_path: Path) ->
     assert model.forward_world_model(tokens_BS, 3).shape == (1, 20, model.config.vocab_size)
 
 
+def test_a_base_becomes_a_plain_llama(runs: Path, tmp_path: Path) -> None:
+    """transformers' own class runs it, without code of ours, and its logits are the CoLA export's base logits."""
+    base = AutoModelForCausalLM.from_pretrained(export(runs / "base", tmp_path / "base")).eval()
+    cola: Any = AutoModelForCausalLM.from_pretrained(
+        export(runs / "idm", tmp_path / "idm"), trust_remote_code=True
+    )
+    tokens_BS = torch.randint(0, base.config.vocab_size, (1, 64))
+    with torch.inference_mode():
+        assert torch.equal(base(tokens_BS).logits, cola.eval().base_logits(tokens_BS))
+    assert base.config.model_type == "llama" and not list((tmp_path / "base").glob("*.py"))
+
+
+def test_parts_are_left_out_when_told_so(runs: Path, folder: Path, tmp_path: Path) -> None:
+    """Without the IDM the model generates the same and cannot read actions."""
+    small: Any = AutoModelForCausalLM.from_pretrained(
+        export(runs / "policy", tmp_path / "hf", without=("idm",)), trust_remote_code=True
+    )
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens_BS = torch.arange(20)[None]
+    assert torch.equal(
+        small.generate(tokens_BS, max_new_tokens=8), whole.generate(tokens_BS, max_new_tokens=8)
+    )
+    with pytest.raises(ValueError, match="no inverse dynamics model"):
+        small.infer_actions(tokens_BS)
+    assert small.num_parameters() < whole.num_parameters()
+
+
+def test_shards_and_types(runs: Path, tmp_path: Path) -> None:
+    """bf16 is the rounded run; shards hold no more than they may; the index names them all."""
+    output = export(runs / "policy", tmp_path / "hf", dtype="bf16", shard_gib=100 / 2**20)
+    shards = list(output.glob("model-*.safetensors"))
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert {shard.name for shard in shards} == set(index["weight_map"].values()) and len(shards) > 3
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+
+
+def test_the_model_card_says_what_was_measured(runs: Path, folder: Path) -> None:
+    """Figures of the run's own last validation, and none that it did not write."""
+    lines = [json.loads(line) for line in (runs / "policy" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["split"] == "validation"][-1]
+    card = (folder / "README.md").read_text()
+    assert f"| validation action accuracy, step 2 | {last['action_accuracy']:.4g} |" in card
+    assert f"| validation loss, step 2 | {last['loss']:.4g} |" in card
+    assert "perplexity" not in card
+
+
+def test_dry_run_lists_and_writes_nothing(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(runs / "policy", tmp_path / "hf", dry_run=True)
+    printed = capsys.readouterr().out
+    assert "model.action_merge_layers.1.gate_proj.weight" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input_is_refused_in_one_line(runs: Path, folder: Path, tmp_path: Path) -> None:
     """Each mistake names the thing; nothing is written."""
-    with pytest.raises(UserError, match=r"hf exists; pass --overwrite"):
+    with pytest.raises(UserError, match=r"hf exists; choose another folder or pass --overwrite"):
         export(runs / "policy", folder)
-    with pytest.raises(UserError, match=r"stage base and knows no actions"):
-        export(runs / "base", tmp_path / "hf")
-    with pytest.raises(UserError, match=r"holds no complete checkpoint"):
+    with pytest.raises(UserError, match=r"is a base alone, which has one layout; leave --layout out"):
+        export(runs / "base", tmp_path / "hf", layout="lamda-rl")
+    with pytest.raises(UserError, match=r"has no policy to leave out; drop --without policy"):
+        export(runs / "idm", tmp_path / "hf", without=("policy",))
+    with pytest.raises(
+        UserError, match=r"its output form is residual, the authors' code computes reference only"
+    ):
+        export(runs / "policy", tmp_path / "hf", layout="lamda-rl")
+    with pytest.raises(UserError, match=r"is no model; name a run folder"):
         export(tmp_path, tmp_path / "hf")
+    with pytest.raises(UserError, match=r"is a Hugging Face folder already"):
+        export(folder, tmp_path / "hf")
     with pytest.raises(UserError, match=r"no tokenizer there; name its folder with --tokenizer"):
         export(runs / "policy", tmp_path / "hf", tokenizer=tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "thesis.txt").write_text("keep me")
-    with pytest.raises(UserError, match=r"holds no exported model"):
+    with pytest.raises(UserError, match=r"was not written by this command"):
         export(runs / "policy", tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "keep me"
 

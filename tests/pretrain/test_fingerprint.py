@@ -214,6 +214,23 @@ def test_it_is_the_sum_that_checkpoints_of_this_version_hold() -> None:
     assert fingerprint(torch.tensor(values)) == f"{total % 2**64:016x}"
 
 
+def test_long_rows_are_taken_in_words_of_eight_bytes() -> None:
+    """As the fingerprint of the same bytes in 64-bit integers; cut in columns, and at any place in memory, the same."""
+    memory = torch.randn(1 + 4 * 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    matrix = memory[1:].view(4, 128)
+    expected = fingerprint(matrix.clone())
+    words = matrix.clone().view(torch.int64)
+    total = sum(
+        bits * place_weight(0, row) * place_weight(1, column)
+        for row, line in enumerate(words.tolist())
+        for column, bits in enumerate(line)
+    )
+    assert expected == f"{total % 2**64:016x}"
+    assert fingerprint(matrix) == fingerprint_of(shards(matrix, 2, 4)) == expected
+    matrix[2, 77] = -matrix[2, 77]
+    assert fingerprint(matrix) != expected
+
+
 def test_differing_tensors_are_those_changed_or_on_one_side_only() -> None:
     expected, found = {"same": "1", "changed": "2", "gone": "3"}, {"same": "1", "changed": "9", "new": "4"}
     assert differing_tensors(expected, found) == ["changed", "gone", "new"]

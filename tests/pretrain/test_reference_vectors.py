@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.weight_map import to_megatron, weight_rules
+from checkpoint_tools.formats.weight_map import to_megatron, weight_rules
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext

@@ -28,10 +28,10 @@ def weight_rules(model: ModelConfig, actions: ActionConfig, parts: Sequence[str]
     """The rules of all tensors of `parts` ("base", "idm", "world_model", "policy")."""
     rules: list[Rule] = []
     if "base" in parts:
-        rules.append(_same("base.embedding.word_embeddings.weight", "model.embed_tokens.weight"))
+        rules.append(_vocabulary(model, "base.embedding.word_embeddings.weight", "model.embed_tokens.weight"))
         rules += _stack(model, model.num_layers, "base.decoder", "model.layers", "model.norm")
         if not model.tied_embeddings:
-            rules.append(_same("base.output_layer.weight", "lm_head.weight"))
+            rules.append(_vocabulary(model, "base.output_layer.weight", "lm_head.weight"))
     if "idm" in parts:
         rules += _stack(
             model, actions.num_idm_layers, "idm.blocks", "model.action_layers", "model.action_norm"
@@ -70,6 +70,17 @@ def _convert(
 
 def _same(megatron: str, huggingface: str) -> Rule:
     return Rule((megatron,), (huggingface,), lambda tensors: tensors, lambda tensors: tensors)
+
+
+def _vocabulary(model: ModelConfig, megatron: str, huggingface: str) -> Rule:
+    """Rows that pad the vocabulary are zeros here and absent there."""
+    padding = (0, 0, 0, model.vocab_padding)
+    return Rule(
+        (megatron,),
+        (huggingface,),
+        lambda t: (t[0][: model.vocab_size],),
+        lambda t: (torch.nn.functional.pad(t[0], padding) if model.vocab_padding else t[0],),
+    )
 
 
 def _stack(

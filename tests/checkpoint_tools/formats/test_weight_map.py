@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint_tools.formats.weight_map import to_huggingface, to_megatron, weight_rules
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
-from checkpoint_tools.weight_map import to_huggingface, to_megatron, weight_rules
 from pretrain import cpu_redirects
 from pretrain.config import ActionConfig, ModelConfig
 from pretrain.recipes import load_recipe
 from tests.pretrain.tiny_runs import tiny_recipe
 
-FULL_SIZE = Path(__file__).resolve().parents[2] / "configs" / "policy_llama31_8b.yaml"
+FULL_SIZE = Path(__file__).resolve().parents[3] / "configs" / "policy_llama31_8b.yaml"
 PARTS = ("base", "idm", "world_model", "policy")
 ACTIONS = ActionConfig(num_actions=5, num_idm_layers=1, num_merge_layers=2, num_policy_layers=2)
 

@@ -1,0 +1,89 @@
+"""Checksums of a model folder's files, wherever they come from.
+
+Ours are in XXH128SUMS (`xxhsum --check XXH128SUMS`): xxh3 runs at the speed of memory, SHA-256 would take a third of an
+export. Others' are in SHA256SUMS (`sha256sum --check`), or in the Hub's cache, where a file is a link to a blob that is
+named by its SHA-256. They find damage, not malice.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from data_prep.errors import UserError
+from data_prep.output_files import write_text_whole
+
+WRITTEN_SUMS = "XXH128SUMS"
+SUMS_LINE = re.compile(r"(?P<sum>[0-9a-f]{32,64}) [ *](?P<name>.+)")
+HUB_BLOB = re.compile(r"(?:.*/)?blobs/(?P<sum>[0-9a-f]{64})")
+BLOCK_BYTES = 1 << 22
+
+
+class Digest(Protocol):
+    """A checksum in the making."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """The checksum of all so far."""
+
+
+DIGESTS: Mapping[str, Callable[[], Digest]] = {"SHA256SUMS": hashlib.sha256, WRITTEN_SUMS: xxhash.xxh3_128}
+
+
+def recorded_sums(folder: Path, shards: Iterable[Path]) -> dict[Path, tuple[str, str]]:
+    """By file: the name of a list of `DIGESTS`, which says of what kind the checksum is, and the checksum.
+
+    Raises:
+        UserError: a list cannot be used.
+    """
+    sums = {path: ("SHA256SUMS", checksum) for path, checksum in _hub_sums(shards).items()}
+    for name in DIGESTS:
+        sums |= {path: (name, checksum) for path, checksum in _listed_sums(folder, name).items()}
+    return sums
+
+
+def file_sum(path: Path, kind: str, report: Callable[[int], object] = lambda count: None) -> str:
+    """Checksum of a file's bytes; `report` is told how many were read."""
+    digest = DIGESTS[kind]()
+    buffer = bytearray(BLOCK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(view[:count])
+            report(count)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write our list of checksums by file name."""
+    write_text_whole(
+        folder / WRITTEN_SUMS, "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())
+    )
+
+
+def _listed_sums(folder: Path, name: str) -> dict[Path, str]:
+    path, digits = folder / name, len(DIGESTS[name]().hexdigest())
+    if not path.is_file():
+        return {}
+    sums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = SUMS_LINE.fullmatch(line)
+        if not match or len(match["sum"]) != digits:
+            raise UserError(
+                f"{path}: line {number} is not {digits} hex digits and a file name; download it again"
+            )
+        if "/" in match["name"] or ".." in match["name"]:
+            raise UserError(f"{path}: names {match['name']}, which is not in the folder; remove the line")
+        sums[folder / match["name"]] = match["sum"]
+    return sums
+
+
+def _hub_sums(shards: Iterable[Path]) -> dict[Path, str]:
+    links = ((path, HUB_BLOB.fullmatch(os.readlink(path))) for path in shards if path.is_symlink())
+    return {path: match["sum"] for path, match in links if match}
