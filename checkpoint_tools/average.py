@@ -27,7 +27,6 @@ from checkpoint_tools.formats.megatron_files import (
     model_entries,
     write_weights,
 )
-from checkpoint_tools.formats.process import prepare_process
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder, write_json_whole
@@ -41,6 +40,7 @@ from pretrain.checkpointing import (
     step_folder,
 )
 from pretrain.config import RunConfig
+from pretrain.cpu_redirects import prepare_conversion
 from pretrain.fingerprint import differing_tensors
 from pretrain.planning.parameters import trained_parts
 from pretrain.recipes import recipe_from_fields
@@ -210,7 +210,7 @@ def _is_average(folder: Path) -> bool:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     average(tyro.cli(AverageConfig, description=__doc__))
 
 

@@ -30,8 +30,8 @@ from checkpoint_tools.comparison.tensors import (
     compare_tensors,
 )
 from checkpoint_tools.formats.opened_model import OpenedModel, open_model
-from checkpoint_tools.formats.process import prepare_process
 from data_prep.errors import IntegrityError, UserError, run_cli
+from pretrain.cpu_redirects import prepare_conversion
 
 SHOWN_TENSORS = 12
 FILE_WIDTH = 160
@@ -252,7 +252,7 @@ def compare(config: CompareConfig) -> None:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     compare(tyro.cli(CompareConfig, description=__doc__))
 
 

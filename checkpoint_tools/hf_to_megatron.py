@@ -26,7 +26,6 @@ from checkpoint_tools.formats.huggingface_folder import (
 )
 from checkpoint_tools.formats.megatron_files import Entries, entry_facts, model_entries, write_weights
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER, OpenedModel, open_model
-from checkpoint_tools.formats.process import prepare_process
 from checkpoint_tools.formats.safetensors_files import SafetensorsFolder
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from checkpoint_tools.formats.weight_map import weight_rules
@@ -42,6 +41,7 @@ from pretrain.checkpointing import (
     step_folder,
 )
 from pretrain.config import DataConfig, OptimizerConfig, RunConfig, StageName, TrainingConfig
+from pretrain.cpu_redirects import prepare_conversion
 from pretrain.recipes import recipe_fields
 
 Precision = Literal["bf16", "fp32"]
@@ -199,7 +199,7 @@ def _is_import(folder: Path) -> bool:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     import_model(tyro.cli(ImportConfig, description=__doc__))
 
 

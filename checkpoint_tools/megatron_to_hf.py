@@ -19,7 +19,6 @@ from checkpoint_tools.formats.file_checksums import WRITTEN_SUMS
 from checkpoint_tools.formats.huggingface_folder import HF_CONFIG_FILE, ExportFacts, write_folder
 from checkpoint_tools.formats.model_card import model_card
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER, OpenedCheckpoint, OpenedModel, open_model
-from checkpoint_tools.formats.process import prepare_process
 from checkpoint_tools.formats.safetensors_files import write_safetensors
 from checkpoint_tools.formats.weight_map import weight_rules
 from checkpoint_tools.tensor_listing import list_tensors
@@ -27,6 +26,7 @@ from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder
 from data_prep.text_tokenizer import load_tokenizer
 from pretrain.checkpointing import locate_parts
+from pretrain.cpu_redirects import prepare_conversion
 
 MODEL_CARD_FILE = "README.md"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -134,7 +134,7 @@ def _is_export(folder: Path) -> bool:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     export(tyro.cli(ExportConfig, description=__doc__))
 
 

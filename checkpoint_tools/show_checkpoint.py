@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint_tools.formats.contents import Shown, ShownTensor, TensorValues, show, totals
-from checkpoint_tools.formats.process import prepare_process
 from data_prep.errors import IntegrityError, run_cli
+from pretrain.cpu_redirects import prepare_conversion
 
 FILE_WIDTH = 200
 LAYER_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -157,7 +157,7 @@ def _table(columns: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     config = tyro.cli(ShowConfig, description=__doc__)
     shown = show(config.path, values=config.values)
     if config.json:

@@ -18,10 +18,10 @@ from rich.table import Table
 from checkpoint_tools.formats.converted_reader import seen_as_huggingface
 from checkpoint_tools.formats.megatron_files import entry_facts, model_entries
 from checkpoint_tools.formats.opened_model import PARTS_BY_STAGE
-from checkpoint_tools.formats.process import prepare_process
 from checkpoint_tools.formats.tensor_reader import TensorFacts
 from checkpoint_tools.formats.weight_map import Rule, weight_rules
 from data_prep.errors import run_cli
+from pretrain.cpu_redirects import prepare_conversion
 from pretrain.recipes import load_recipe
 
 FILE_WIDTH = 200
@@ -87,7 +87,7 @@ def _shape(facts: TensorFacts) -> str:
 
 def main() -> None:
     """Command line."""
-    prepare_process()
+    prepare_conversion()
     list_recipe(tyro.cli(ListingConfig, description=__doc__).recipe, Console(soft_wrap=True))
 
 

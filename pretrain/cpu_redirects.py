@@ -6,6 +6,7 @@ Transformer Engine and NVIDIA's apex (their kernels are CUDA only, yet Megatron 
 nothing where CUDA is present, so one code path serves a laptop and a cluster. Call it before the first Megatron import.
 """
 
+import ctypes
 import functools
 import os
 import sys
@@ -19,6 +20,7 @@ from torch.utils._device import _device_constructors
 from pretrain.backends import find_apex
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # of malloc.h
 _applied = False
 
 
@@ -37,12 +39,16 @@ def weight_device() -> torch.device | None:
     return training_device() if on_cuda() else None
 
 
-def run_without_gpus() -> None:
-    """Start this program again where it sees no GPU, unless it sees none: converting needs none, and memory for one."""
+def prepare_conversion() -> None:
+    """For a command that works through a model on disk to call first, since it needs no GPU, nor memory for one.
+
+    Where there are GPUs, it starts the program again without.
+    """
     if on_cuda():
         os.execve(
             sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         )
+    _keep_freed_memory(of_any_size=True)  # one large tensor follows another
 
 
 def apply() -> None:
@@ -52,8 +58,9 @@ def apply() -> None:
         return
     _applied = True
     warnings.filterwarnings("ignore", module="megatron")  # advice about CUDA libraries that cannot help here
+    _keep_freed_memory()
     _hide_gpu_only_packages()
-    _leave_functions_uncompiled()
+    _import_megatron_lightly()
     _redirect_device_queries()
     _redirect_random_state()
     # `with torch.device("meta")` (transformers loads models so) recognises factories by a set it makes on first use;
@@ -63,9 +70,24 @@ def apply() -> None:
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
     _redirect_tensor_methods()
     _redirect_megatron_random()
-    _shorten_swiglu_backward()
     _shorten_rotation()
     _skip_lone_collectives()
+
+
+def _keep_freed_memory(of_any_size: bool = False) -> None:
+    """Use freed memory again instead of returning it to the system: new pages are 5 % of a step. glibc only.
+
+    Blocks of 32 MiB and more only where `of_any_size`, since between the small ones they leave gaps.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    options = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: 2**25}
+    if of_any_size:
+        options |= {_M_MMAP_MAX: 0, _M_ARENA_MAX: 1}
+    for option, value in options.items():
+        mallopt(option, value)
 
 
 def _hide_gpu_only_packages() -> None:
@@ -129,32 +151,21 @@ def _redirect_megatron_random() -> None:
     megatron_random._set_cuda_rng_state = set_state
 
 
-def _leave_functions_uncompiled() -> None:
+def _import_megatron_lightly() -> None:
     """Import Megatron with `torch.compile` doing nothing: at first use it would compile for minutes, for small models.
 
-    The mark alone, on Megatron's fused functions, already imports the compiler, 22 MB and half a second.
+    The mark alone, on Megatron's fused functions, already imports the compiler, 22 MB and half a second. wandb, another
+    20 MB, Megatron only wants for serving; the trainer imports it where metrics go there.
     """
     compile_function = torch.compile
     torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    hides_wandb = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]
     try:
         import megatron.core  # noqa: F401
     finally:
         torch.compile = compile_function
-
-
-def _shorten_swiglu_backward() -> None:
-    """Megatron spells SwiGLU's gradient out for a compiler; as it stands it takes fourteen passes, so four."""
-    from megatron.core.fusions import fused_bias_swiglu
-
-    def swiglu_back(gradient: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_and_up.chunk(2, -1)
-        gradients = torch.empty_like(gate_and_up)
-        gate_gradient, up_gradient = gradients.chunk(2, -1)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient)
-        torch.mul(gradient, torch.nn.functional.silu(gate), out=up_gradient)
-        return gradients
-
-    fused_bias_swiglu.swiglu_back = swiglu_back
+        if hides_wandb:
+            del sys.modules["wandb"]
 
 
 def _shorten_rotation() -> None:

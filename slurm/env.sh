@@ -27,3 +27,9 @@ export TOKENIZED="${TOKENIZED:-$PWD/data/tokenized}"
 export BLEND_RECIPE="${BLEND_RECIPE:-configs/blend_200g.yaml}"
 export IDM_RECIPE="${IDM_RECIPE:-configs/idm_llama31_8b.yaml}"
 export POLICY_RECIPE="${POLICY_RECIPE:-configs/policy_llama31_8b.yaml}"
+
+# Where the base's Hugging Face folder lies, and the runs that conversions read and write, as the recipes name them.
+export BASE_MODEL="${BASE_MODEL:-$PWD/data/Llama-3.1-8B}"
+export BASE_RUN="${BASE_RUN:-runs/llama31_8b/base}"
+export POLICY_RUN="${POLICY_RUN:-runs/llama31_8b/policy}"
+export EXPORT="${EXPORT:-runs/llama31_8b/hf}"

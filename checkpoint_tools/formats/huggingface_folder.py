@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from checkpoint_tools.formats.families import base_config, published_config, rope_parameters
+from checkpoint_tools.formats.families import (
+    base_config,
+    published_config,
+    read_model_config,
+    rope_parameters,
+)
 from checkpoint_tools.huggingface.configuration_cola import ColaConfig
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
 from data_prep.output_files import read_json_object, write_json_whole
@@ -132,15 +137,26 @@ def _write_cola(folder: Path, facts: ExportFacts) -> None:
 
 def _write_base(folder: Path, facts: ExportFacts) -> None:
     """The files that were imported, as they were but for the type of the weights; else new ones."""
-    if facts.base_files is None:
+    imported = _imported_config(facts)
+    if imported is None:
         base_config(facts.model, facts.dtype_name, facts.eos_id).save_pretrained(folder)
         _generation_config(facts).save_pretrained(folder)
         return
+    assert facts.base_files is not None, "that is where it comes from"
     copy_files(facts.base_files, folder, (HF_CONFIG_FILE, GENERATION_CONFIG_FILE))
-    config = read_json_object(folder / HF_CONFIG_FILE, "import the base again")
-    written = _with_dtype(config, facts.dtype_name)
-    if written != config:
+    written = _with_dtype(imported, facts.dtype_name)
+    if written != imported:
         write_json_whole(folder / HF_CONFIG_FILE, written)
+
+
+def _imported_config(facts: ExportFacts) -> dict[str, object] | None:
+    """The config.json that came with the base, if it still says what the model is: RoPE scaling may be left out."""
+    if facts.base_files is None:
+        return None
+    file = facts.base_files / HF_CONFIG_FILE
+    config = read_json_object(file, "import the base again")
+    same = read_model_config(config, str(file)).model == replace(facts.model, vocab_padding=0)
+    return config if same else None
 
 
 def _with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:

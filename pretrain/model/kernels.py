@@ -21,7 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from pretrain.backends import find_backends
+from pretrain.cpu_redirects import on_cuda
 from pretrain.model.attention import ScaledDotProductCoreAttention
+from pretrain.model.gated_mlp import GatedMlp
 from pretrain.model.norm import RmsNorm
 from pretrain.model.specs import InitMethod, seeded
 from pretrain.model.tensor_region import RegionLinear, enter_tensor_region
@@ -74,6 +76,8 @@ def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
         layer = spec.submodules
         layer.self_attention.submodules.core_attention = ScaledDotProductCoreAttention
         layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
+        if not on_cuda():
+            layer.mlp.module = GatedMlp
     spec.module = SelfSeededLayer
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 

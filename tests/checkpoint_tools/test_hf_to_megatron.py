@@ -131,6 +131,19 @@ def test_another_rope_scaling_shows(bases: Path, tmp_path: Path) -> None:
     assert by_position_S[0] < 1e-5 < 1e-3 < by_position_S[-64:].max()
 
 
+def test_what_was_imported_without_scaling_goes_out_without(bases: Path, tmp_path: Path) -> None:
+    """The export's config.json says what the model is, not what the source's said; verification agrees."""
+    import_model(
+        ImportConfig(
+            source=bases / "llama31", output=tmp_path / "run", ignore_rope_scaling=True, verify=False
+        )
+    )
+    export(ExportConfig(run=tmp_path / "run", output=tmp_path / "hf"))
+    assert (
+        json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
+    )
+
+
 def test_heads_in_another_order_show(bases: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -77,6 +77,19 @@ def test_blending_passes_flags_on(tmp_path: Path) -> None:
     assert job.stdout.endswith(f"--resume\n--output\n{AWKWARD}\n")
 
 
+def test_conversions_pass_flags_on(tmp_path: Path) -> None:
+    job = _run_job(tmp_path, "convert_base.sh", "--precision", "bf16", BASE_MODEL=AWKWARD)
+    assert job.stdout.splitlines() == [
+        *("checkpoint_tools/hf_to_megatron.py", "--source", AWKWARD, "--output", "runs/llama31_8b/base"),
+        *("--precision", "bf16"),
+    ]
+    job = _run_job(tmp_path, "export.sh", "--layout", "lamda-rl", EXPORT=AWKWARD)
+    assert job.stdout.splitlines() == [
+        *("checkpoint_tools/megatron_to_hf.py", "--run", "runs/llama31_8b/policy", "--output", AWKWARD),
+        *("--layout", "lamda-rl"),
+    ]
+
+
 def test_the_environment_wins_over_the_site_file(tmp_path: Path) -> None:
     job = _run_job(tmp_path, "pretrain_idm.sh", IDM_RECIPE="configs/demo_idm.yaml")
     assert "configs/demo_idm.yaml" in job.stdout.splitlines()
