@@ -21,6 +21,7 @@ from checkpoint_tools.formats.opened_model import PARTS_BY_STAGE
 from checkpoint_tools.formats.tensor_reader import TensorFacts
 from checkpoint_tools.formats.weight_map import Rule, weight_rules
 from data_prep.errors import run_cli
+from pretrain.config import StageName
 from pretrain.cpu_redirects import prepare_conversion
 from pretrain.recipes import load_recipe
 
@@ -33,12 +34,14 @@ class ListingConfig:
 
     recipe: Annotated[Path, tyro.conf.Positional]
     """YAML file in configs/."""
+    stage: StageName | None = None
+    """The model as it is after this stage; default: after the recipe's own."""
 
 
-def list_recipe(path: Path, console: Console) -> None:
-    """Print all tensors of the model that the recipe at `path` builds, from meta tensors."""
-    recipe = load_recipe(path, [])
-    parts = PARTS_BY_STAGE[recipe.stage]
+def list_recipe(config: ListingConfig, console: Console) -> None:
+    """Print all tensors of the model that the recipe builds, from meta tensors."""
+    recipe = load_recipe(config.recipe, [])
+    parts = PARTS_BY_STAGE[config.stage or recipe.stage]
     megatron = _Unwritten(entry_facts(model_entries(recipe, parts)))
     rules = weight_rules(recipe.model, recipe.actions, parts)
     list_tensors(console, seen_as_huggingface(megatron, rules).facts, megatron.facts, rules)
@@ -88,7 +91,7 @@ def _shape(facts: TensorFacts) -> str:
 def main() -> None:
     """Command line."""
     prepare_conversion()
-    list_recipe(tyro.cli(ListingConfig, description=__doc__).recipe, Console(soft_wrap=True))
+    list_recipe(tyro.cli(ListingConfig, description=__doc__), Console(soft_wrap=True))
 
 
 if __name__ == "__main__":

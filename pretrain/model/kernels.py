@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,6 +64,8 @@ class SelfSeededLayer(TransformerLayer):
         blocks_before = layout.get_layer_offset(pp_rank=stage) if layout else 0
         with seeded(torch.initial_seed() + blocks_before + layer_number):
             super().__init__(config, submodules, layer_number=layer_number, **options)
+        if not on_cuda() and type(self.mlp) is MLP:  # Megatron gives only its own class a group
+            self.mlp.__class__ = GatedMlp
 
 
 def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
@@ -76,8 +79,6 @@ def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
         layer = spec.submodules
         layer.self_attention.submodules.core_attention = ScaledDotProductCoreAttention
         layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
-        if not on_cuda():
-            layer.mlp.module = GatedMlp
     spec.module = SelfSeededLayer
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 
