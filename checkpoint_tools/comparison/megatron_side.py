@@ -19,9 +19,11 @@ from pretrain import cpu_redirects
 cpu_redirects.apply()
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
 
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.model.cola import ColaModel
+from pretrain.model.gated_mlp import GatedMlp
 from pretrain.model.kernels import local_name
 
 
@@ -42,6 +44,11 @@ class MegatronModel:
         self._read = rounded(source.weights.read, own_dtypes)
         with torch.device("meta"):
             self._model = ColaModel(_in_fp32(self._recipe), groups, parts).eval()
+        for module in self._model.modules():
+            if isinstance(
+                module, GatedMlp
+            ):  # reads weights of its layers, which have them only while they run
+                module.__class__ = MLP
         stream_weights(self._model, lambda name: self._read(local_name(name)))
         base = self._model.base
         base.rotary_pos_emb.register_forward_hook(self._angles_of_probe)

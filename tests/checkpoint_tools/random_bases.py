@@ -18,12 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.checkpoint_tools.random_cola import random_cola
+from tests.checkpoint_tools.random_cola import LLAMA3_ROPE, random_cola
 
 VOCAB_SIZE = 1024
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 256,
+    "hidden_size": 512,  # heads of 128
     "intermediate_size": 320,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -31,14 +31,6 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 16384,
     # Large, so that attention is far from flat and a wrong rotation or head order shows.
     "initializer_range": 0.08,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
 }
 
 
@@ -54,9 +46,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family(LlamaConfig, LlamaForCausalLM, {}),
-    "llama31": Family(
-        LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE, "head_dim": 128}, torch.bfloat16
-    ),
+    "llama31": Family(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}, torch.bfloat16),
     "llama32": Family(
         LlamaConfig,
         LlamaForCausalLM,
@@ -65,7 +55,10 @@ FAMILIES = {
     "qwen25": Family(Qwen2Config, Qwen2ForCausalLM, {}, torch.bfloat16),
     "qwen25_tied": Family(Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "mistral": Family(
-        MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 128}, torch.bfloat16
+        MistralConfig,
+        MistralForCausalLM,
+        {"sliding_window": None, "hidden_size": 256, "head_dim": 128},
+        torch.bfloat16,
     ),
 }
 # Tied embeddings cannot share one tensor between the first and the last pipeline stage as Megatron saves it.

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, dynamic_module_utils
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
 from tests.checkpoint_tools.random_cola import random_cola, save_with_tokenizer
@@ -63,8 +63,6 @@ def samples(
 ) -> tuple[dict[str, list[dict[str, Any]]], PreTrainedTokenizerFast]:
     """What the harness notes of each question of the two tasks, in order, and the folder's tokenizer."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
     tokenizer = save_with_tokenizer(model, tmp_path / "model")
     data, tasks = tmp_path / "questions.jsonl", tmp_path / "tasks"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
