@@ -4,6 +4,7 @@ A temporary name ends in `.partial` and lies in the final folder, so that the re
 systems.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -76,8 +77,9 @@ def write_sealed_json(path: Path, content: dict[str, object]) -> None:
 def write_shared_json(path: Path, content: dict[str, object]) -> None:
     """Like `write_sealed_json`, for a file that several processes write at once, all with the same content."""
     text = _sealed_text(content)
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process takes it away
+        if path.read_bytes() == text.encode():
+            return
     own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         _write_whole(path, text, own)
