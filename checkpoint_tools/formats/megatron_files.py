@@ -186,11 +186,21 @@ def _write_tensor(stream: BufferedWriter, entry: Entry) -> list[WriteResult]:
     results = []
     for shard in _shards(entry):
         chunk, offset = _chunk(shard), stream.tell()
-        torch.save(_with_own_storage(shard.data).view(chunk.sizes), stream)
+        _save(_with_own_storage(shard.data).view(chunk.sizes), stream)
         size = stream.tell() - offset
         place = _StorageInfo(DATA_FILE, offset, size)
         results.append(WriteResult(MetadataIndex(shard.key, chunk.offsets), size, place))
     return results
+
+
+def _save(tensor: torch.Tensor, stream: BufferedWriter) -> None:
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # Of a full disk torch says that a position is wrong.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
