@@ -143,7 +143,7 @@ def _precision(config: ImportConfig, facts: Mapping[str, TensorFacts]) -> Precis
         return config.precision
     dtypes = {fact.dtype for fact in facts.values()}
     if len(dtypes) > 1 or not dtypes <= PRECISIONS.keys():
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        found = ", ".join(sorted({fact.dtype_name for fact in facts.values()}))
         raise UserError(
             f"{config.source}: its tensors are {found}, runs are bf16 or fp32; choose with --precision "
             "(fp32 keeps every bit, bf16 rounds)"

@@ -74,7 +74,7 @@ def list_tensors(
         rows = zip(
             theirs + [("", "")] * (width - len(theirs)), ours + [("", "")] * (width - len(ours)), strict=True
         )
-        dtype = str(megatron[rule.megatron[0]].dtype).removeprefix("torch.")
+        dtype = megatron[rule.megatron[0]].dtype_name
         for (their_name, their_shape), (our_name, our_shape) in rows:
             table.add_row(their_name, their_shape, our_name, our_shape, dtype)
     console.print(table)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -116,14 +117,33 @@ def _text_checksum(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def file_checksum(path: Path) -> str:
-    """Checksum (xxh3, 128 bits: at the speed of memory; finds damage, not malice) of a file's bytes."""
-    digest = xxhash.xxh3_128()
+class Digest(Protocol):
+    """A checksum in the making."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """The checksum of all so far."""
+
+
+def file_checksum(
+    path: Path, digest: Digest | None = None, report: Callable[[int], object] = lambda count: None
+) -> str:
+    """Checksum of a file's bytes.
+
+    Args:
+        path: the file.
+        digest: of what kind; None: xxh3, 128 bits (at the speed of memory; finds damage, not malice).
+        report: is told how many bytes were read, each time.
+    """
+    digest = digest or xxhash.xxh3_128()
     with path.open("rb", buffering=0) as stream:
         buffer = bytearray(HASH_READ_BYTES)
         view = memoryview(buffer)
         while count := stream.readinto(buffer):
             digest.update(view[:count])
+            report(count)
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from pretrain.counter_hash import GOLDEN_GAMMA, mix64
 
-_BITS_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # A row of so many elements, or a multiple, is taken in words of 8 bytes: no layout of ranks cuts it within a word.
 _WORD_ROW_ELEMENTS = 64
 _CHUNK_ELEMENTS = 1 << 18  # of 64 bits each, so that they stay in the cache
@@ -61,7 +61,7 @@ def _shard_sum(shard: ShardedTensor) -> int:
     """Sum of one shard's elements, each weighted by its place in the whole tensor."""
     offset = list(shard.global_offset[shard.prepend_axis_num :])
     data = dequantize_fp8_tensor(shard.data) if is_float8tensor(shard.data) else shard.data
-    bits = data.detach().contiguous().view(_BITS_VIEW[data.element_size()])
+    bits = data.detach().contiguous().view(BITS_VIEW[data.element_size()])
     if offset and shard.global_shape[-1] % _WORD_ROW_ELEMENTS == 0:
         bits, elements = _in_words(bits), 8 // data.element_size()
         assert offset[-1] % elements == 0, f"{shard.key} is cut within a word of {elements} elements"

@@ -45,9 +45,8 @@ class MegatronModel:
         with torch.device("meta"):
             self._model = ColaModel(_in_fp32(self._recipe), groups, parts).eval()
         for module in self._model.modules():
-            if isinstance(
-                module, GatedMlp
-            ):  # reads weights of its layers, which have them only while they run
+            # It reads the weights of its layers, which have them only while they run.
+            if isinstance(module, GatedMlp):
                 module.__class__ = MLP
         stream_weights(self._model, lambda name: self._read(local_name(name)))
         base = self._model.base

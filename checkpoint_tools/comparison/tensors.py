@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from checkpoint_tools.formats.opened_model import OpenedCheckpoint, OpenedModel
 from checkpoint_tools.formats.weight_map import weight_rules
+from pretrain.fingerprint import BITS_VIEW
 
 CHUNK_ELEMENTS = 1 << 20  # compared at once, within the processor's cache
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of an element
 
 _Verdict = Literal["equal", "right rounded", "left rounded"]
 # Shape, and sums that do not depend on the order of the elements.
@@ -126,7 +126,7 @@ def _compare(
 ) -> TensorDifference | _Verdict:
     """Of one tensor; if it differs, puts what may tell the cause into `marks`."""
     facts = left.reader.facts[name], right.reader.facts[name]
-    descriptions = [f"{str(f.dtype).removeprefix('torch.')} {list(f.shape)}" for f in facts]
+    descriptions = [f"{f.dtype_name} {list(f.shape)}" for f in facts]
     difference = TensorDifference(name=name, left=descriptions[0], right=descriptions[1])
     if facts[0].shape != facts[1].shape:
         return difference
@@ -154,7 +154,7 @@ def _chunks(
     left: torch.Tensor, right: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Parts of both, and where `left`, cast to the type of `right`, has other bits than `right`."""
-    bits = BITS[right.dtype.itemsize]
+    bits = BITS_VIEW[right.dtype.itemsize]
     for ours, theirs in zip(*(t.flatten().split(CHUNK_ELEMENTS) for t in (left, right)), strict=True):
         yield ours, theirs, ours.to(theirs.dtype).view(bits) != theirs.view(bits)
 

@@ -212,7 +212,7 @@ def _facts(source: _Source, name: str, part: str) -> ShownTensor:
         name=name,
         part=part,
         shape=facts.shape,
-        dtype=str(facts.dtype).removeprefix("torch."),
+        dtype=facts.dtype_name,
         parameters=facts.numel,
         bytes=facts.bytes,
     )

@@ -10,27 +10,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.output_files import write_text_whole
+from data_prep.output_files import Digest, file_checksum, write_text_whole
 
 WRITTEN_SUMS = "XXH128SUMS"
 SUMS_LINE = re.compile(r"(?P<sum>[0-9a-f]{32,64}) [ *](?P<name>.+)")
 HUB_BLOB = re.compile(r"(?:.*/)?blobs/(?P<sum>[0-9a-f]{64})")
-BLOCK_BYTES = 1 << 22
-
-
-class Digest(Protocol):
-    """A checksum in the making."""
-
-    def update(self, data: memoryview, /) -> None:
-        """Add bytes."""
-
-    def hexdigest(self) -> str:
-        """The checksum of all so far."""
 
 
 DIGESTS: Mapping[str, Callable[[], Digest]] = {"SHA256SUMS": hashlib.sha256, WRITTEN_SUMS: xxhash.xxh3_128}
@@ -50,14 +38,7 @@ def recorded_sums(folder: Path, shards: Iterable[Path]) -> dict[Path, tuple[str,
 
 def file_sum(path: Path, kind: str, report: Callable[[int], object] = lambda count: None) -> str:
     """Checksum of a file's bytes; `report` is told how many were read."""
-    digest = DIGESTS[kind]()
-    buffer = bytearray(BLOCK_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(view[:count])
-            report(count)
-    return digest.hexdigest()
+    return file_checksum(path, DIGESTS[kind](), report)
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -78,8 +59,7 @@ def _listed_sums(folder: Path, name: str) -> dict[Path, str]:
             raise UserError(
                 f"{path}: line {number} is not {digits} hex digits and a file name; download it again"
             )
-        if "/" in match["name"] or ".." in match["name"]:
-            raise UserError(f"{path}: names {match['name']}, which is not in the folder; remove the line")
+        refuse_other_folders(path, match["name"])
         sums[folder / match["name"]] = match["sum"]
     return sums
 
@@ -87,3 +67,11 @@ def _listed_sums(folder: Path, name: str) -> dict[Path, str]:
 def _hub_sums(shards: Iterable[Path]) -> dict[Path, str]:
     links = ((path, HUB_BLOB.fullmatch(os.readlink(path))) for path in shards if path.is_symlink())
     return {path: match["sum"] for path, match in links if match}
+
+
+def refuse_other_folders(path: Path, name: str) -> None:
+    """Raise unless `name`, which the list or index at `path` gives to a file, is one of a file beside it."""
+    if "/" in name or ".." in name:
+        raise UserError(
+            f"{path}: names {name!r}, which is not in the folder: it is no plain file name; download it again"
+        )

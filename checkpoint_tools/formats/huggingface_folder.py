@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from checkpoint_tools.formats.families import (
+    SIZES,
     base_config,
     published_config,
     read_model_config,
@@ -102,15 +103,8 @@ def cola_config(facts: ExportFacts) -> ColaConfig:
     """Configuration of our own layout."""
     model, actions = facts.model, facts.actions
     return ColaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_size,
+        **{key: getattr(model, name) for name, key in SIZES.items()},
         rms_norm_eps=model.rms_norm_epsilon,
-        max_position_embeddings=model.max_position_embeddings,
         rope_parameters=rope_parameters(model),
         tie_word_embeddings=model.tied_embeddings,
         qkv_bias=model.qkv_bias,

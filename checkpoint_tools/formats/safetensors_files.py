@@ -20,7 +20,14 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from checkpoint_tools.formats.file_checksums import DIGESTS, WRITTEN_SUMS, file_sum, recorded_sums, write_sums
+from checkpoint_tools.formats.file_checksums import (
+    DIGESTS,
+    WRITTEN_SUMS,
+    file_sum,
+    recorded_sums,
+    refuse_other_folders,
+    write_sums,
+)
 from checkpoint_tools.formats.safetensors_header import TensorPlace, damaged_file, header_of, read_header
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader, read_ahead
 from data_prep.blending.flush import BackgroundFlush
@@ -168,13 +175,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{path}: has no weight_map from tensors to shards; {remedy}")
     for shard in weight_map.values():
-        _refuse_other_folders(path, shard)
+        refuse_other_folders(path, shard)
     return weight_map
-
-
-def _refuse_other_folders(path: Path, name: str) -> None:
-    if "/" in name or ".." in name:
-        raise UserError(f"{path}: names {name!r}, which is no plain file name; files must lie in its folder")
 
 
 def _no_safetensors(folder: Path) -> UserError:

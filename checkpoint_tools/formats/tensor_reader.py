@@ -25,6 +25,11 @@ class TensorFacts:
     """Type of its elements."""
 
     @property
+    def dtype_name(self) -> str:
+        """torch's name of the type."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def numel(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
