@@ -4,8 +4,12 @@
     3  an input file or row is damaged or not in its format (InputDataError)
     4  the file system took no more: a full disk, a quota, read-only, failing
     5  two things that must agree do not: a checksum, or two tokenizers on one text (IntegrityError)
+    6  training went wrong: too many steps in a row with a non-finite or spiking loss (TrainingError)
+    7  training stood still, and ended itself after writing the stacks of its threads
+    75 training was asked to stop: it saved and goes on when it is started again
 
-Any other exception keeps its traceback, since it is a mistake of ours.
+Any other exception keeps its traceback, since it is a mistake of ours, and ends with 1. A process killed by signal N
+ends with 128 + N.
 """
 
 import errno
@@ -14,6 +18,8 @@ from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
 STORAGE_EXIT_CODE = 4
+HANG_EXIT_CODE = 7
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
@@ -33,6 +39,24 @@ class IntegrityError(UserError):
     """Something is not what its checksum or its reference says."""
 
     exit_code = 5
+
+
+class StorageError(UserError):
+    """The file system took no more, and what had to be written is not."""
+
+    exit_code = STORAGE_EXIT_CODE
+
+
+class TrainingError(UserError):
+    """Steps went wrong more often than the recipe allows."""
+
+    exit_code = 6
+
+
+class StoppedError(UserError):
+    """A run was asked to stop, and has saved: no mistake, but not its end either."""
+
+    exit_code = STOPPED_EXIT_CODE
 
 
 def run_cli(main: Callable[[], None]) -> None:

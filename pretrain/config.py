@@ -10,9 +10,11 @@ from typing import Literal
 
 StageName = Literal["base", "idm", "policy"]
 
-# A run folder holds these two files, and checkpoints/.
+# What a run folder holds, besides checkpoints/ and logs/.
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+HISTORY_FILE = "history.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,21 @@ class TrainingConfig:
     """FP8 recipe of the frozen base, its weights quantised once; off keeps it in `precision`."""
     deterministic: bool = False
     """Bit-identical reruns: deterministic kernels only, at some cost in speed."""
-    non_finite_steps: int = 0
-    """Steps in a row with a non-finite loss or gradient that are skipped; one more ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What happens when a step goes wrong, or nothing happens at all."""
+
+    bad_step: Literal["stop", "skip", "roll_back"] = "stop"
+    """What follows a step whose loss or gradient is not finite, or whose loss spikes: the end of the run; the next step,
+    the optimizer unmoved; or the last checkpoint, from where training goes on with the data after the bad step."""
+    max_bad_steps: int = 3
+    """Bad steps in a row that are skipped, or roll-backs without a new checkpoint in between; one more ends the run."""
+    spike_factor: float | None = None
+    """A training loss above this multiple of the median of the last 64 is a bad step; null: only what is not finite."""
+    hang_seconds: int = 300
+    """Seconds without progress after which a rank writes the stacks of its threads to its log and ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +186,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 3
     """Newest checkpoints kept; older ones are deleted after a new one is complete."""
+    keep_every_steps: int | None = None
+    """Checkpoints of multiples of this many steps are kept for good; null: none."""
+    write_timeout_seconds: int = 1800
+    """Seconds after which writing a checkpoint in the background counts as failed, and is tried again."""
     self_contained: bool = False
     """Put the frozen parts in too, so that a checkpoint needs no other."""
 
@@ -207,6 +226,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
