@@ -1,22 +1,14 @@
-"""Checkpoints: what a stage trained, where the rest comes from (or the rest itself), and the optimizer.
+"""What a checkpoint holds: sharded weights, optimizer state, fingerprints; loaded and checked on any layout of ranks.
 
-Layout of a run:  checkpoints/step_00000500/{weights/, optimizer/, cola.json}
-weights/ and optimizer/ are Megatron distributed checkpoints, loadable on any layout of ranks. cola.json describes
-them and holds the fingerprints of the trained and the frozen tensors. A checkpoint is written under a name ending in
-`.partial` and renamed when complete, so a folder with the final name is always whole.
+Where checkpoints lie and what describes them is `checkpoint_folder`, how they are written `checkpoint_saving`.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -24,60 +16,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
-from data_prep.output_files import partial_path, write_json_whole
-from pretrain.config import RunConfig
+from pretrain.checkpoint_folder import locate_parts, read_description
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
-from pretrain.optimization import make_loadable, make_savable
-from pretrain.planning.parameters import built_parts
-from pretrain.recipes import recipe_fields
+from pretrain.optimization import make_loadable
 
-FORMAT_VERSION = 2
-DESCRIPTION_FILE = "cola.json"
 # Optimizer state by parameter, not by rank, so that another layout of ranks can load it.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointDescription:
-    """Contents of cola.json."""
-
-    format_version: int
-    """Layout of the checkpoint; readers refuse one they do not know."""
-    stage: str
-    """Stage that wrote it."""
-    step: int
-    """Optimizer steps done."""
-    consumed_samples: int
-    """Sequences read so far."""
-    consumed_tokens: int
-    """Tokens read so far."""
-    parts: list[str]
-    """Model parts whose weights are inside."""
-    start_from: str | None
-    """Checkpoint the frozen parts came from, relative to the run folder; a fact, even if they are inside too."""
-    tokenizer_fingerprint: str
-    """Of the tokenizer that made the training data."""
-    data_fingerprint: str
-    """Of the blended shards, which together with the seed decide the order of samples."""
-    recipe: dict[str, Any]
-    """The resolved run configuration."""
-    fingerprints: dict[str, str]
-    """Of every trained and frozen tensor of the model, by checkpoint key."""
-    megatron_version: str
-    """megatron-core that wrote the files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOrigin:
-    """What a run is made from; the same for all its checkpoints."""
-
-    start: Path | None
-    """Checkpoint whose parts are frozen in it."""
-    tokenizer_fingerprint: str
-    """As in `CheckpointDescription`."""
-    data_fingerprint: str
-    """As in `CheckpointDescription`."""
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,146 +33,6 @@ class FrozenFingerprints:
     """As the checkpoint they came from recorded them."""
     held: dict[str, str]
     """As the run holds them after loading; others than `saved` where the base is quantised to FP8."""
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
-    return run_folder / "checkpoints" / f"step_{step:08d}"
-
-
-def find_checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(
-        path.parent for path in (run_folder / "checkpoints").glob(f"step_*[0-9]/{DESCRIPTION_FILE}")
-    )
-
-
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None if it has none yet."""
-    return next(reversed(find_checkpoints(run_folder)), None)
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by `path`: itself, or the newest of the run folder `path`."""
-    if is_checkpoint(path):
-        return path
-    checkpoint = newest_checkpoint(path)
-    if checkpoint is None:
-        raise UserError(
-            f"{path}: holds no complete checkpoint; name a run folder or a checkpoints/step_* folder"
-        )
-    return checkpoint
-
-
-def read_description(checkpoint: Path) -> CheckpointDescription:
-    """cola.json of `checkpoint`.
-
-    Raises:
-        UserError: if it is missing, damaged or of another format version.
-    """
-    file = checkpoint / DESCRIPTION_FILE
-    try:
-        description = CheckpointDescription(**json.loads(file.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; {checkpoint} is not a complete checkpoint") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error}); use another checkpoint of the run") from None
-    if description.format_version != FORMAT_VERSION:
-        raise UserError(f"{file}: format {description.format_version}, this code reads {FORMAT_VERSION}")
-    return description
-
-
-def locate_parts(checkpoint: Path, wanted: Iterable[str] | None = None) -> dict[str, Path]:
-    """Which checkpoint holds each part of the model: `checkpoint` itself, then what it started from, and so on.
-
-    What a checkpoint started from is looked at only while a part is missing; it may be gone otherwise.
-
-    Args:
-        checkpoint: where to begin.
-        wanted: parts to look for; None: all parts of the model that was saved.
-
-    Returns:
-        The parts found; those that are nowhere are left out.
-
-    Raises:
-        UserError: if a wanted part should be in a checkpoint that is gone.
-    """
-    current, description = checkpoint, read_description(checkpoint)
-    places = dict.fromkeys(description.parts, checkpoint)
-    sought = {name.split(".")[0] for name in description.fingerprints} if wanted is None else set(wanted)
-    while missing := sorted(sought - places.keys()):
-        start = start_of(current, description)
-        if start is None:
-            break
-        if not is_checkpoint(start):
-            raise UserError(
-                f"{current}: takes {', '.join(missing)} from {start}, which it started from and which holds no "
-                "checkpoint any more; bring it back, or use a checkpoint saved with checkpoint.self_contained"
-            )
-        current, description = start, read_description(start)
-        places |= {part: start for part in description.parts if part not in places}
-    return places
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a complete checkpoint lies in `folder` itself."""
-    return (folder / DESCRIPTION_FILE).is_file()
-
-
-def start_of(checkpoint: Path, description: CheckpointDescription) -> Path | None:
-    """The checkpoint that the run of `checkpoint` started from; None for a base run."""
-    if description.start_from is None:
-        return None
-    return (checkpoint.parent.parent / description.start_from).resolve()
-
-
-def save(
-    config: RunConfig,
-    model: ColaModel,
-    optimizer: MegatronOptimizer,
-    trained_parts: tuple[str, ...],
-    step: int,
-    origin: RunOrigin,
-    fingerprints: dict[str, str],
-) -> Path:
-    """Write the checkpoint of `step`, the frozen parts too if it is to need no other. Collective."""
-    final = step_folder(config.run_folder, step)
-    partial = partial_path(final)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in ("weights", "optimizer"):
-            (partial / name).mkdir(parents=True)
-    dist.barrier()
-    parts = built_parts(config) if config.checkpoint.self_contained else trained_parts
-    weights = sharded_weights(model, parts, scales=True)
-    make_savable(optimizer)
-    optimizer_state = optimizer.sharded_state_dict(
-        sharded_weights(model, trained_parts), metadata=_OPTIMIZER_FORMAT
-    )
-    dist_checkpointing.save(weights, str(partial / "weights"))
-    dist_checkpointing.save({"optimizer": optimizer_state}, str(partial / "optimizer"))
-    if dist.get_rank() == 0:
-        description = CheckpointDescription(
-            format_version=FORMAT_VERSION,
-            stage=config.stage,
-            step=step,
-            consumed_samples=step * config.training.global_batch_size,
-            consumed_tokens=step * config.tokens_per_step,
-            parts=list(parts),
-            start_from=os.path.relpath(origin.start, config.run_folder) if origin.start else None,
-            tokenizer_fingerprint=origin.tokenizer_fingerprint,
-            data_fingerprint=origin.data_fingerprint,
-            recipe=recipe_fields(config),
-            fingerprints=fingerprints,
-            megatron_version=megatron_version,
-        )
-        write_json_whole(partial / DESCRIPTION_FILE, asdict(description))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in find_checkpoints(config.run_folder)[: -config.checkpoint.keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
 
 
 def sharded_weights(model: ColaModel, parts: tuple[str, ...], scales: bool = False) -> dict[str, Any]:
@@ -306,7 +111,7 @@ def load_optimizer(
     """Load the optimizer's state of `checkpoint`. Collective."""
     make_loadable(optimizer)
     requested = optimizer.sharded_state_dict(
-        sharded_weights(model, parts), is_loading=True, metadata=_OPTIMIZER_FORMAT
+        sharded_weights(model, parts), is_loading=True, metadata=OPTIMIZER_FORMAT
     )
     optimizer.load_state_dict(_load({"optimizer": requested}, checkpoint / "optimizer")["optimizer"])
 
