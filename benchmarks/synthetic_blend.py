@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.blended_data import (
     BLEND_FILE,
+    BLEND_FORMAT_VERSION,
     TOKENIZER_FOLDER,
     BlendedShard,
     BlendedSource,
@@ -17,7 +18,8 @@ from data_prep.blended_data import (
     BlendTokenizer,
     TrainShards,
 )
-from data_prep.indexed_shards import FORMAT_VERSION, ShardWriter, token_dtype
+from data_prep.blending.blended_shard import BlendedShardWriter
+from data_prep.indexed_shards import token_dtype
 from data_prep.output_files import folder_written_whole, write_sealed_json
 
 DOCUMENT_TOKENS = 1000
@@ -51,7 +53,7 @@ def write_synthetic_blend(
             epochs=1.0,
         )
         manifest = BlendManifest(
-            format_version=FORMAT_VERSION,
+            format_version=BLEND_FORMAT_VERSION,
             seed=seed,
             plan_fingerprint=f"random tokens, seed {seed}: {train.bin_xxh3_128}",
             tokenizer=BlendTokenizer(
@@ -72,7 +74,6 @@ def _write_shard(
     dtype = token_dtype(vocab_size)
     drawn = generator.integers(0, vocab_size - 1, (documents, DOCUMENT_TOKENS)).astype(dtype)
     drawn[:, -1] = vocab_size - 1
-    with ShardWriter(folder / prefix, dtype) as writer:
+    with BlendedShardWriter(folder, prefix, dtype) as writer:
         writer.add_documents(drawn.reshape(-1), np.full(documents, DOCUMENT_TOKENS, np.int32))
-        summary = writer.publish()
-    return BlendedShard(prefix=prefix, **asdict(summary))
+        return writer.publish()

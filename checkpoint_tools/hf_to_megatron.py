@@ -10,6 +10,7 @@ weights. A base serves as `start_from` of stage idm; a CoLA model as `start_from
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +31,15 @@ from checkpoint_tools.formats.safetensors_files import SafetensorsFolder
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from checkpoint_tools.formats.weight_map import weight_rules
 from checkpoint_tools.tensor_listing import list_tensors
+from data_prep.checksum_list import list_whole_folder
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder, write_json_whole
 from data_prep.text_tokenizer import load_tokenizer
-from pretrain.checkpointing import (
+from pretrain.checkpoint_folder import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
     CheckpointDescription,
-    megatron_version,
+    LoopState,
     step_folder,
 )
 from pretrain.config import DataConfig, OptimizerConfig, RunConfig, StageName, TrainingConfig
@@ -115,6 +117,7 @@ def import_model(config: ImportConfig) -> None:
         description = _description(recipe, source.parts, tokenizer.fingerprint, fingerprints)
         write_json_whole(checkpoint / DESCRIPTION_FILE, asdict(description))
         _keep_files(config, checkpoint / HF_FILES_FOLDER)
+        list_whole_folder(checkpoint)
         if config.verify:
             from checkpoint_tools.compare import verify_conversion  # loads two libraries of models
 
@@ -181,8 +184,9 @@ def _description(
         tokenizer_fingerprint=tokenizer_fingerprint,
         data_fingerprint="",
         recipe=recipe_fields(recipe),
+        loop=LoopState(),
         fingerprints=fingerprints,
-        megatron_version=megatron_version,
+        megatron_version=version("megatron-core"),
     )
 
 

@@ -102,11 +102,14 @@ class ShardWriter:
         """
         assert tokens.dtype == self._dtype, f"documents of {tokens.dtype} in a shard of {self._dtype}"
         data = np.ascontiguousarray(tokens).view(np.uint8).data
-        self._hash.update(data)
+        self._take_checksums(data)
         while data:  # an unbuffered stream may take less than it is given
             data = data[self._stream.write(data) :]
         self._lengths_tokens.frombytes(lengths_tokens.astype(np.int32, copy=False).tobytes())
         self._tokens += len(tokens)
+
+    def _take_checksums(self, data: memoryview) -> None:
+        self._hash.update(data)
 
     def publish(self) -> ShardSummary:
         """Write the index, make both files durable, give them their names and say what they hold."""

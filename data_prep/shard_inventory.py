@@ -10,11 +10,13 @@ from tqdm import tqdm
 
 from data_prep.blended_data import (
     BLEND_FILE,
+    REMEDY_ANEW,
     TOKENIZER_FOLDER,
     BlendedShard,
     BlendManifest,
     read_blend_manifest,
 )
+from data_prep.block_checksums import blocks_path
 from data_prep.corpus_sources import SPLITS
 from data_prep.errors import IntegrityError, UserError
 from data_prep.indexed_shards import bin_path, idx_path, manifest_path
@@ -23,7 +25,6 @@ from data_prep.unit_manifest import UNITS_FILE, UnitManifest, read_source_units,
 
 PROGRESS_SECONDS = 0.5
 SUMMARY_FILE, SUMMARY_FIGURE = "summary.json", "summary.png"  # of corpus_summary.py, beside the sources
-BLEND_REMEDY = "blend again with --overwrite"
 STRAY_REMEDY = "delete it or move it elsewhere"
 # What all units of a source have in common.
 SHARED_FIELDS = ("tokenizer_fingerprint", "vocab_size", "eos_id", "settings")
@@ -31,7 +32,7 @@ SHARED_FIELDS = ("tokenizer_fingerprint", "vocab_size", "eos_id", "settings")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedShard:
-    """What a manifest says about the two files of a shard."""
+    """What a manifest says about the files of a shard."""
 
     prefix: Path
     documents: int
@@ -39,8 +40,18 @@ class ExpectedShard:
     bin_bytes: int
     bin_xxh3_128: str
     idx_xxh3_128: str
+    blocks_xxh3_128: str | None
+    """Of the .xxh file, which only the shards of a blend have."""
     vocab_size: int
     remedy: str
+
+    @property
+    def checksums(self) -> dict[Path, str]:
+        """Checksum of each file beside the .bin."""
+        sums = {idx_path(self.prefix): self.idx_xxh3_128}
+        if self.blocks_xxh3_128 is not None:
+            sums[blocks_path(self.prefix)] = self.blocks_xxh3_128
+        return sums
 
 
 @dataclass(kw_only=True)
@@ -157,6 +168,7 @@ def _expected(
         bin_bytes=written.bin_bytes,
         bin_xxh3_128=written.bin_xxh3_128,
         idx_xxh3_128=written.idx_xxh3_128,
+        blocks_xxh3_128=written.blocks_xxh3_128 if isinstance(written, BlendedShard) else None,
         vocab_size=vocab_size,
         remedy=remedy,
     )
@@ -173,23 +185,23 @@ def add_blend(folder: Path, inventory: Inventory) -> None:
         return
     for shard in (*manifest.train.shards, *manifest.validation.values()):
         prefix = folder / shard.prefix
-        inventory.listed |= {bin_path(prefix), idx_path(prefix), manifest_path(prefix)}
+        inventory.listed |= {path_of(prefix) for path_of in (bin_path, idx_path, blocks_path, manifest_path)}
         with inventory.collecting_problems(manifest_path(prefix)):
             check_blend_record(prefix, shard, manifest)
-        inventory.shards.append(_expected(prefix, shard, manifest.tokenizer.vocab_size, BLEND_REMEDY))
+        inventory.shards.append(_expected(prefix, shard, manifest.tokenizer.vocab_size, REMEDY_ANEW))
     for name, checksum in manifest.tokenizer.files.items():
         path = folder / TOKENIZER_FOLDER / name
         inventory.listed.add(path)
         with inventory.collecting_problems(path):
-            check_checksum(path, file_checksum(path), checksum, BLEND_REMEDY)
+            check_checksum(path, file_checksum(path), checksum, REMEDY_ANEW)
 
 
 def check_blend_record(prefix: Path, shard: BlendedShard, manifest: BlendManifest) -> None:
     """Check the manifest beside a shard of a blend. Raises UserError unless it says what blend.json says."""
     path = manifest_path(prefix)
-    record = read_sealed_json(path, BLEND_REMEDY)
+    record = read_sealed_json(path, REMEDY_ANEW)
     if (record.get("shard"), record.get("plan_fingerprint")) != (asdict(shard), manifest.plan_fingerprint):
-        raise IntegrityError(f"{path}: is not about this shard as {BLEND_FILE} lists it; {BLEND_REMEDY}")
+        raise IntegrityError(f"{path}: is not about this shard as {BLEND_FILE} lists it; {REMEDY_ANEW}")
 
 
 def check_checksum(path: Path, actual: str, expected: str, remedy: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
+from data_prep.folder_paths import PathInFolder
 from data_prep.indexed_shards import FORMAT_VERSION, manifest_path
 from data_prep.output_files import read_sealed_json, write_sealed_json, write_shared_json
 
@@ -81,8 +82,8 @@ class SourceUnits:
 
     format_version: int
     source: str
-    train: list[str]
-    validation: list[str]
+    train: list[PathInFolder]
+    validation: list[PathInFolder]
 
     def of_split(self, split: str) -> list[str]:
         """Names of the units in "train" or "validation"."""

@@ -5,7 +5,7 @@
     python data_prep/verify_shards.py runs/demo/data
 
 The folder is a tokenized source (data_prep/tokenize_corpus.py), a blend (data_prep/blend.py), or a folder of
-these. Every .bin and .idx is read whole and compared with the checksums in its manifest, which carries a checksum
+these. Every .bin, .idx and .xxh is read whole and compared with the checksums in its manifest, which carries a checksum
 of itself; every manifest must belong to its place, every listed file must be there and no other; and no token id
 may lie outside the vocabulary. All problems are printed, one line each. Nothing is written.
 
@@ -77,7 +77,7 @@ def count_problems(problems: list[str]) -> str:
 
 
 def check_shard(shard: ExpectedShard, report: Callable[[int], object]) -> list[str]:
-    """Read the two files of a shard and compare them with its manifest.
+    """Read the files of a shard and compare them with its manifest.
 
     Args:
         shard: what they ought to be.
@@ -87,8 +87,9 @@ def check_shard(shard: ExpectedShard, report: Callable[[int], object]) -> list[s
         What is wrong with them, a line each.
     """
     inventory = Inventory()
-    with inventory.collecting_problems(idx_path(shard.prefix)):
-        check_idx(shard, report)
+    for path, checksum in shard.checksums.items():
+        with inventory.collecting_problems(path):
+            check_small_file(path, checksum, shard.remedy, report)
     with inventory.collecting_problems(bin_path(shard.prefix)):
         check_bin(shard, report)
     if not inventory.problems:
@@ -97,12 +98,11 @@ def check_shard(shard: ExpectedShard, report: Callable[[int], object]) -> list[s
     return inventory.problems
 
 
-def check_idx(shard: ExpectedShard, report: Callable[[int], object]) -> None:
-    """Check the index's bytes. Raises IntegrityError."""
-    path = idx_path(shard.prefix)
+def check_small_file(path: Path, checksum: str, remedy: str, report: Callable[[int], object]) -> None:
+    """Check the bytes of a file beside the tokens. Raises IntegrityError."""
     if not path.exists():
-        raise IntegrityError(f"{path}: is missing; {shard.remedy}")
-    check_checksum(path, file_checksum(path), shard.idx_xxh3_128, shard.remedy)
+        raise IntegrityError(f"{path}: is missing; {remedy}")
+    check_checksum(path, file_checksum(path), checksum, remedy)
     report(path.stat().st_size)
 
 
@@ -185,8 +185,8 @@ def verify(folder: Path, workers: int = 1) -> Verdict:
     take_inventory(folder, inventory)
     strays = list(find_strays(folder, inventory.listed))
     sizes = [path.stat().st_size for path in inventory.listed if path.is_file()]
-    pairs = [path for shard in inventory.shards for path in (bin_path(shard.prefix), idx_path(shard.prefix))]
-    shard_bytes = sum(path.stat().st_size for path in pairs if path.is_file())
+    shard_files = [path for shard in inventory.shards for path in (bin_path(shard.prefix), *shard.checksums)]
+    shard_bytes = sum(path.stat().st_size for path in shard_files if path.is_file())
     problems = inventory.problems + check_shards(inventory.shards, workers, shard_bytes) + strays
     seconds = time.perf_counter() - start
     return Verdict(files=len(sizes), bytes_read=sum(sizes), seconds=seconds, problems=problems)

@@ -112,7 +112,9 @@ def read_description(checkpoint: Path) -> CheckpointDescription:
     try:
         fields = json.loads(file.read_text())
         if fields.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{file}: format {fields.get('format_version')}, this code reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{file}: format {fields.get('format_version')}, this code reads {FORMAT_VERSION}"
+            )
         return CheckpointDescription(**fields | {"loop": LoopState(**fields["loop"])})
     except FileNotFoundError:
         raise UserError(f"{file}: not found; {checkpoint} is not a complete checkpoint") from None

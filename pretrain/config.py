@@ -144,8 +144,8 @@ class FaultConfig:
     """What happens when a step goes wrong, or nothing happens at all."""
 
     bad_step: Literal["stop", "skip", "roll_back"] = "stop"
-    """What follows a step whose loss or gradient is not finite, or whose loss spikes: the end of the run; the next step,
-    the optimizer unmoved; or the last checkpoint, from where training goes on with the data after the bad step."""
+    """What follows a step whose loss or gradient is not finite, or whose loss spikes: the end of the run; the next
+    step, the optimizer unmoved; or the last checkpoint, to go on from there with the data after the bad step."""
     max_bad_steps: int = 3
     """Bad steps in a row that are skipped, or roll-backs without a new checkpoint in between; one more ends the run."""
     spike_factor: float | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.placement import chain_layers, place_layers
 
-MAY_BE_ZERO = ("regulariser_coefficient", "non_finite_steps", "vocab_padding")
+MAY_BE_ZERO = ("regulariser_coefficient", "vocab_padding")
 
 
 def find_problems(config: RunConfig, world_size: int) -> list[str]:

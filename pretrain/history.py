@@ -9,7 +9,8 @@
     rolled_back  step, to_step
     end          step, exit_code, reason; missing where a start was killed
 
-Every line has `event` and `time` (seconds since 1970). Metrics are in metrics.jsonl, without what was rolled back or lost.
+Every line has `event` and `time` (seconds since 1970). Metrics, without what was lost or rolled back, are in
+metrics.jsonl.
 """
 
 import json

@@ -9,7 +9,7 @@ from rich.console import Console
 from data_prep.blended_data import BlendedData
 from data_prep.errors import UserError
 from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
-from pretrain import checkpointing
+from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
 from pretrain.config import CONFIG_FILE, RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.cpu_redirects import use_deterministic_kernels
@@ -72,8 +72,8 @@ def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
         if context.is_first_rank:
             _write_run_folder(config, overwrite)
         dist.barrier()
-        newest = checkpointing.newest_checkpoint(config.run_folder) if resume else None
-        first_step = checkpointing.read_description(newest).step if newest else 0
+        newest = checkpoint_folder.newest_checkpoint(config.run_folder) if resume else None
+        first_step = checkpoint_folder.read_description(newest).step if newest else 0
         if first_step >= config.training.steps:
             if context.is_first_rank:
                 print(f"{config.run_folder}: already at step {first_step}; nothing to do")
@@ -128,7 +128,7 @@ def build_loop(
     frozen_from = newest or origin.start  # a resumed run's own checkpoint knows where they are, or has them
     if frozen_from is not None:
         frozen = checkpointing.load_frozen(model, stage_type.frozen_parts, frozen_from)
-    begin = newest or (checkpointing.resolve_checkpoint(config.init_from) if config.init_from else None)
+    begin = newest or (checkpoint_folder.resolve_checkpoint(config.init_from) if config.init_from else None)
     if begin is not None:
         checkpointing.load_checked(model, stage_type.trained_parts, begin, scales=newest is not None)
     ddp = wrap_for_data_parallel(model, context)
@@ -148,19 +148,19 @@ def build_loop(
     )
 
 
-def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> checkpointing.RunOrigin:
+def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> checkpoint_saving.RunOrigin:
     """What the run is made from: for a resumed one, what it was made from, even if newer checkpoints exist."""
     if newest is None:
-        start = checkpointing.resolve_checkpoint(config.start_from) if config.start_from else None
+        start = checkpoint_folder.resolve_checkpoint(config.start_from) if config.start_from else None
     else:
-        description = checkpointing.read_description(newest)
-        start = checkpointing.start_of(newest, description)
+        description = checkpoint_folder.read_description(newest)
+        start = checkpoint_folder.start_of(newest, description)
         if description.data_fingerprint != blend.plan_fingerprint:
             raise UserError(
                 f"data.path: {blend.folder} holds other shards than those {newest} was trained on, so the run "
                 "cannot go on in the same order; restore them or start a new run_folder"
             )
-    return checkpointing.RunOrigin(
+    return checkpoint_saving.RunOrigin(
         start=start,
         tokenizer_fingerprint=blend.tokenizer_fingerprint,
         data_fingerprint=blend.plan_fingerprint,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_prep.blended_data import BlendedData, open_blend
 from data_prep.errors import UserError
-from pretrain import checkpointing
+from pretrain import checkpoint_folder
 from pretrain.backends import find_backend_problems, find_backends
 from pretrain.config import RunConfig
 from pretrain.config_checks import find_problems
@@ -24,7 +24,7 @@ def check(config: RunConfig, resume: bool = False) -> BlendedData:
     ranks = launched_world_size()
     problems = find_problems(config, ranks)
     problems += find_device_problems(config, ranks, fits=not problems)
-    resumed = checkpointing.newest_checkpoint(config.run_folder) if resume else None
+    resumed = checkpoint_folder.newest_checkpoint(config.run_folder) if resume else None
     input_problems, blend = find_input_problems(config, resumed)
     refuse(problems + input_problems)
     assert blend is not None, "problem-free inputs include a blend"
@@ -66,7 +66,7 @@ def find_input_problems(
     for name, (path, parts) in sources.items():
         if path is not None:
             try:
-                checkpoint = checkpointing.resolve_checkpoint(path)
+                checkpoint = checkpoint_folder.resolve_checkpoint(path)
                 problems += _checkpoint_problems(config, name, checkpoint, parts, blend)
             except UserError as error:
                 problems.append(f"{name}: {error}")
@@ -77,12 +77,12 @@ def find_input_problems(
 
 def _lost_start_problems(resumed: Path, frozen_parts: tuple[str, ...]) -> list[str]:
     """What keeps checkpoints to come from being without frozen parts: that those are in `resumed` and nowhere else."""
-    description = checkpointing.read_description(resumed)
-    start = checkpointing.start_of(resumed, description)
+    description = checkpoint_folder.read_description(resumed)
+    start = checkpoint_folder.start_of(resumed, description)
     if start is None or not set(frozen_parts) <= set(description.parts):
         return []
     try:
-        checkpointing.locate_parts(start, frozen_parts)
+        checkpoint_folder.locate_parts(start, frozen_parts)
     except UserError as error:
         return [
             f"checkpoint.self_contained: leave it on, for only {resumed} still has the frozen parts ({error})"
@@ -100,8 +100,8 @@ def _checkpoint_problems(
     config: RunConfig, name: str, checkpoint: Path, parts: tuple[str, ...], blend: BlendedData | None
 ) -> list[str]:
     """What keeps `checkpoint` from giving `parts` to the run."""
-    description = checkpointing.read_description(checkpoint)
-    held = checkpointing.locate_parts(checkpoint)
+    description = checkpoint_folder.read_description(checkpoint)
+    held = checkpoint_folder.locate_parts(checkpoint)
     lacking = [part for part in parts if part not in held]
     if lacking:
         before = {"base": "base", "idm": "base", "policy": "idm"}[config.stage]

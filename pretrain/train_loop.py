@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
 
-from pretrain import checkpointing
+from pretrain import checkpoint_saving, checkpointing
 from pretrain.base_ahead import BaseAhead
 from pretrain.config import RunConfig
 from pretrain.data import IndexedSamples, micro_batches
@@ -34,7 +34,7 @@ class TrainLoop:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         samples: tuple[IndexedSamples, IndexedSamples],
-        origin: checkpointing.RunOrigin,
+        origin: checkpoint_saving.RunOrigin,
         frozen: checkpointing.FrozenFingerprints,
     ) -> None:
         self.config, self.context, self.stage = config, context, stage
@@ -100,7 +100,7 @@ class TrainLoop:
             gradient_norm = self.train_step(batches, means)
         except NonFiniteError as error:
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row > self.config.training.non_finite_steps:
+            if self.skipped_in_a_row > self.config.faults.max_bad_steps:
                 raise NonFiniteError(f"step {step}: {error}; the optimizer was not moved") from None
             self.skipped_steps += 1
             if self.context.is_first_rank:
@@ -186,7 +186,7 @@ class TrainLoop:
         frozen = checkpointing.model_fingerprints(model, self.stage.frozen_parts)
         checkpointing.check_fingerprints(self.frozen.held, frozen, f"step {step}, frozen tensors")
         trained = checkpointing.model_fingerprints(model, self.stage.trained_parts)
-        checkpointing.save(
+        checkpoint_saving.save(
             self.config,
             model,
             self.optimizer,

@@ -50,7 +50,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 
-from pretrain.checkpointing import DESCRIPTION_FILE, check_fingerprints, locate_parts, sharded_weights
+from pretrain.checkpoint_folder import DESCRIPTION_FILE, locate_parts
+from pretrain.checkpointing import check_fingerprints, sharded_weights
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.fingerprint import fingerprint_tensors
 from pretrain.model.cola import ColaModel

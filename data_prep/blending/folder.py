@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_prep.blended_data import (
     BLEND_FILE,
+    BLEND_FORMAT_VERSION,
     TOKENIZER_FOLDER,
     BlendedSource,
     BlendManifest,
@@ -22,12 +23,12 @@ from data_prep.blending.plan import BlendPlan
 from data_prep.blending.writer import BlendWriter, ShardRecord
 from data_prep.corpus_sources import SPLITS
 from data_prep.errors import UserError
-from data_prep.indexed_shards import FORMAT_VERSION, manifest_path
+from data_prep.indexed_shards import manifest_path
 from data_prep.output_files import PARTIAL_SUFFIX, file_checksum, partial_path, write_shared_json
 from data_prep.text_tokenizer import TextTokenizer, copy_tokenizer
 from data_prep.unit_manifest import UNITS_FILE, sum_counts
 
-SHARD_SUFFIXES = (".bin", ".idx", ".json", PARTIAL_SUFFIX)
+SHARD_SUFFIXES = (".bin", ".idx", ".xxh", ".json", PARTIAL_SUFFIX)
 
 
 def remove_blend(folder: Path) -> None:
@@ -139,7 +140,7 @@ def make_manifest(
         for name, source in plan.train.items()
     }
     return BlendManifest(
-        format_version=FORMAT_VERSION,
+        format_version=BLEND_FORMAT_VERSION,
         seed=plan.seed,
         plan_fingerprint=plan.fingerprint,
         tokenizer=tokenizer,

@@ -5,7 +5,7 @@ as many equal pieces as there are shards; shard i takes piece i of every source 
 So every shard, and every prefix of the list of shards, is itself a correct blend in a globally random order.
 
 The plan itself needs the manifests alone. Which documents these are is worked out by `train_streams`, which
-scans the index; memory does not grow with the number of documents (blend_cuts.py says how).
+scans the index; memory does not grow with the number of documents (cuts.py says how).
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.blended_data import BLEND_FORMAT_VERSION
 from data_prep.blending.cuts import find_cuts
 from data_prep.blending.gather import ShardStream
 from data_prep.blending.keys import key_stream
 from data_prep.blending.sources import Advance, SourceSplit, check_units, load_source
 from data_prep.errors import UserError
-from data_prep.indexed_shards import FORMAT_VERSION, token_dtype
+from data_prep.indexed_shards import token_dtype
 from data_prep.text_tokenizer import TextTokenizer
 
 
@@ -81,7 +82,7 @@ class BlendPlan:
     def fingerprint(self) -> str:
         """Hash of everything that decides the blend's bytes."""
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": BLEND_FORMAT_VERSION,
             "seed": self.seed,
             "shard_count": self.shard_count,
             "tokenizer": self.tokenizer_fingerprint,

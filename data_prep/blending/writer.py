@@ -12,22 +12,17 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from data_prep.blended_data import BlendedShard
+from data_prep.blended_data import BLEND_FORMAT_VERSION, BlendedShard
+from data_prep.blending.blended_shard import BlendedShardWriter
 from data_prep.blending.flush import BackgroundFlush
 from data_prep.blending.gather import Documents, ShardGroup, ShardStream, groups_of_shards
 from data_prep.blending.leaks import ValidationDocuments, documents_within
 from data_prep.blending.plan import BlendPlan
 from data_prep.blending.reader import DocumentReader
 from data_prep.blending.sources import progress_seconds, waiting_bar
+from data_prep.block_checksums import blocks_path, check_blocks_size
 from data_prep.errors import UserError
-from data_prep.indexed_shards import (
-    FORMAT_VERSION,
-    ShardWriter,
-    bin_path,
-    check_pair,
-    idx_path,
-    manifest_path,
-)
+from data_prep.indexed_shards import bin_path, check_pair, idx_path, manifest_path
 from data_prep.output_files import partial_path, read_sealed_json, write_sealed_json
 
 SEGMENT_BYTES = 1 << 27  # in memory at a time; the larger, the fewer times each input file is visited
@@ -117,7 +112,10 @@ class BlendWriter:
             return None
         remedy = "delete it and run again with --resume"
         try:
-            record = RECORD.validate_python(read_sealed_json(path, remedy))
+            content = read_sealed_json(path, remedy)
+            if content.get("format_version") != BLEND_FORMAT_VERSION:
+                raise UserError(f"{path}: was written by another version; pass --overwrite to blend anew")
+            record = RECORD.validate_python(content)
         except ValidationError as error:
             raise UserError(f"{path}: is no manifest of a blended shard; {remedy}") from error
         if record.plan_fingerprint != self._plan_fingerprint:
@@ -126,6 +124,7 @@ class BlendWriter:
             )
         try:
             counts = check_pair(self._folder / prefix)
+            check_blocks_size(self._folder / prefix, record.shard.bin_bytes)
         except UserError:
             return None  # damaged since: written again
         return record if counts == (record.shard.documents, record.shard.tokens) else None
@@ -189,7 +188,7 @@ class BlendWriter:
         """Write one shard, then its manifest."""
         self._remove(prefix)
         counts = ShardCounts(sources)
-        with ShardWriter(self._folder / prefix, self._plan.dtype) as writer:
+        with BlendedShardWriter(self._folder, prefix, self._plan.dtype) as writer:
             with BackgroundFlush(partial_path(bin_path(self._folder / prefix))) as flush:
                 for part in documents_within(documents.lengths_tokens, self._segment_tokens):
                     segment = documents.take(part)
@@ -208,11 +207,11 @@ class BlendWriter:
                         bar.add(int(segment.lengths_tokens.sum()))
             if not any(counts.documents().values()):
                 raise UserError(f"{prefix} would hold no document; raise --shard-tokens")
-            summary = writer.publish()
+            shard = writer.publish()
         record = ShardRecord(
-            format_version=FORMAT_VERSION,
+            format_version=BLEND_FORMAT_VERSION,
             plan_fingerprint=self._plan_fingerprint,
-            shard=BlendedShard(prefix=prefix, **asdict(summary)),
+            shard=shard,
             source_documents=counts.documents(),
             source_tokens=counts.tokens(),
             left_out=dict(counts.left_out),
@@ -221,5 +220,5 @@ class BlendWriter:
 
     def _remove(self, prefix: str) -> None:
         """Delete what an earlier run left of a shard, its manifest first; on a full disk its room is needed."""
-        for path_of in (manifest_path, bin_path, idx_path):
+        for path_of in (manifest_path, bin_path, idx_path, blocks_path):
             path_of(self._folder / prefix).unlink(missing_ok=True)

@@ -24,13 +24,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER
-from pretrain.checkpointing import (
-    load_checked,
-    read_description,
-    resolve_checkpoint,
-    sharded_weights,
-    step_folder,
-)
+from pretrain.checkpoint_folder import read_description, resolve_checkpoint, step_folder
+from pretrain.checkpointing import load_checked, sharded_weights
 from pretrain.config import ParallelConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext, parallel_context

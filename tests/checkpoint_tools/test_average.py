@@ -16,7 +16,7 @@ from checkpoint_tools.formats.megatron_files import CheckedWeights, MegatronWeig
 from checkpoint_tools.formats.opened_model import open_model
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from data_prep.errors import UserError
-from pretrain.checkpointing import find_checkpoints, locate_parts, read_description, start_of, step_folder
+from pretrain.checkpoint_folder import find_checkpoints, locate_parts, read_description, start_of, step_folder
 from pretrain.recipes import recipe_from_fields
 from tests.pretrain.tiny_runs import tiny_recipe, train_in_process
 

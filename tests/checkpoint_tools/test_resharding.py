@@ -30,7 +30,7 @@ from pretrain import cpu_redirects
 cpu_redirects.apply()
 
 from checkpoint_tools.formats.megatron_files import MegatronWeights, model_entries, write_weights
-from pretrain import checkpointing
+from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, make_loadable, wrap_for_data_parallel
@@ -78,9 +78,9 @@ def save(config: RunConfig, context: ParallelContext, weights: Path | None) -> N
         randomise(model)
     optimizer = build_optimizer(config, wrap_for_data_parallel(model, context))
     make_loadable(optimizer)  # gives it a state without a step
-    origin = checkpointing.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
+    origin = checkpoint_saving.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
     fingerprints = checkpointing.model_fingerprints(model, PARTS)
-    checkpointing.save(config, model, optimizer, ("policy",), STEP, origin, fingerprints)
+    checkpoint_saving.save(config, model, optimizer, ("policy",), STEP, origin, fingerprints)
 
 
 def randomise(model: ColaModel) -> None:
@@ -97,8 +97,8 @@ def stream(source: Path, target: Path) -> None:
     recipe = recipe_of(source)
     reader = MegatronWeights(recipe, source, PARTS)
     written = write_weights(target / "weights", model_entries(recipe, PARTS), reader, "copy")
-    described = replace(checkpointing.read_description(source), fingerprints=written)
-    (target / checkpointing.DESCRIPTION_FILE).write_text(json.dumps(asdict(described)))
+    described = replace(checkpoint_folder.read_description(source), fingerprints=written)
+    (target / checkpoint_folder.DESCRIPTION_FILE).write_text(json.dumps(asdict(described)))
 
 
 def flip_a_bit(checkpoint: Path, name: str) -> None:
@@ -136,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checkpoint_of(folder: Path, run: str) -> Path:
     """Where the trainer has put its checkpoint."""
-    return checkpointing.step_folder(folder / run, STEP)
+    return checkpoint_folder.step_folder(folder / run, STEP)
 
 
 def weights_of(checkpoint: Path) -> MegatronWeights:
@@ -180,7 +180,7 @@ def test_a_bit_of_one_rank_shows(folder: Path, tmp_path: Path) -> None:
 def test_every_layout_loads_what_was_streamed(folder: Path, tensor: int, pipeline: int) -> None:
     """All parts, held against the recorded fingerprints by the trainer itself; the twin is one bit off."""
     report = json.loads((folder / f"tp{tensor}_pp{pipeline}.json").read_text())
-    trainers = checkpointing.read_description(checkpoint_of(folder, "one_rank"))
+    trainers = checkpoint_folder.read_description(checkpoint_of(folder, "one_rank"))
     assert report["streamed"] == trainers.fingerprints
     assert "1 tensor(s) are not what was saved, first policy.head.weight" in report["damaged"]
 

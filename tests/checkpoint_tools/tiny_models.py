@@ -30,7 +30,14 @@ def save_as_checkpoint(folder: Path, run: Path, **fields: Any) -> Path:
     from checkpoint_tools.formats.megatron_files import model_entries, write_weights
     from checkpoint_tools.formats.opened_model import open_model
     from checkpoint_tools.formats.weight_map import weight_rules
-    from pretrain.checkpointing import DESCRIPTION_FILE, FORMAT_VERSION, CheckpointDescription, step_folder
+    from data_prep.checksum_list import list_whole_folder
+    from pretrain.checkpoint_folder import (
+        DESCRIPTION_FILE,
+        FORMAT_VERSION,
+        CheckpointDescription,
+        LoopState,
+        step_folder,
+    )
     from pretrain.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
     from pretrain.recipes import recipe_fields
 
@@ -61,10 +68,12 @@ def save_as_checkpoint(folder: Path, run: Path, **fields: Any) -> Path:
         tokenizer_fingerprint="",
         data_fingerprint="",
         recipe=recipe_fields(recipe),
+        loop=LoopState(),
         fingerprints=write_weights(checkpoint / "weights", entries, reader, "write"),
         megatron_version="",
     )
     (checkpoint / DESCRIPTION_FILE).write_text(json.dumps(asdict(description)))
+    list_whole_folder(checkpoint)
     return run
 
 

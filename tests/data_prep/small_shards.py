@@ -7,6 +7,7 @@ import numpy as np
 
 from data_prep.blended_data import (
     BLEND_FILE,
+    BLEND_FORMAT_VERSION,
     TOKENIZER_FOLDER,
     BlendedShard,
     BlendedSource,
@@ -14,7 +15,8 @@ from data_prep.blended_data import (
     BlendTokenizer,
     TrainShards,
 )
-from data_prep.indexed_shards import FORMAT_VERSION, ShardSummary, ShardWriter, manifest_path, token_dtype
+from data_prep.blending.blended_shard import BlendedShardWriter
+from data_prep.indexed_shards import FORMAT_VERSION, ShardWriter, manifest_path, token_dtype
 from data_prep.output_files import file_checksum, write_sealed_json
 from data_prep.unit_manifest import (
     SkippedInput,
@@ -33,14 +35,12 @@ def random_lengths(generator: np.random.Generator, documents: int) -> np.ndarray
     return generator.integers(1, 60, documents).astype(np.int32)
 
 
-def write_shard(prefix: Path, lengths: np.ndarray, vocab_size: int, largest_id: int) -> ShardSummary:
-    """Write a pair of files with random tokens; one of them is `largest_id`."""
+def random_tokens(prefix: Path, lengths: np.ndarray, vocab_size: int, largest_id: int) -> np.ndarray:
+    """Random tokens of a shard's documents; one of them is `largest_id`."""
     generator = np.random.default_rng(len(str(prefix.name)) + int(lengths.sum()))
     tokens = generator.integers(0, vocab_size, lengths.sum())
     tokens[len(tokens) // 2] = largest_id
-    with ShardWriter(prefix, token_dtype(vocab_size)) as writer:
-        writer.add_documents(tokens.astype(token_dtype(vocab_size)), lengths)
-        return writer.publish()
+    return tokens.astype(token_dtype(vocab_size))
 
 
 def write_unit(
@@ -57,7 +57,9 @@ def write_unit(
     """Write one unit with its manifest; its largest token id is by default the vocabulary's last."""
     prefix = folder / split / unit
     last_id = vocab_size - 1 if largest_id is None else largest_id
-    summary = write_shard(prefix, lengths, vocab_size, last_id)
+    with ShardWriter(prefix, token_dtype(vocab_size)) as writer:
+        writer.add_documents(random_tokens(prefix, lengths, vocab_size, last_id), lengths)
+        summary = writer.publish()
     manifest = UnitManifest(
         format_version=FORMAT_VERSION,
         source=source,
@@ -93,9 +95,11 @@ def write_source(folder: Path, source: str, vocab_size: int = VOCAB_SIZE) -> Pat
 
 def write_blended_shard(folder: Path, prefix: str, lengths: np.ndarray) -> BlendedShard:
     """Write one shard of a blend with its record."""
-    summary = write_shard(folder / prefix, lengths, VOCAB_SIZE, VOCAB_SIZE - 1)
-    shard = BlendedShard(prefix=prefix, **asdict(summary))
-    record = {"format_version": FORMAT_VERSION, "plan_fingerprint": "plan", "shard": asdict(shard)}
+    tokens = random_tokens(folder / prefix, lengths, VOCAB_SIZE, VOCAB_SIZE - 1)
+    with BlendedShardWriter(folder, prefix, tokens.dtype) as writer:
+        writer.add_documents(tokens, lengths)
+        shard = writer.publish()
+    record = {"format_version": BLEND_FORMAT_VERSION, "plan_fingerprint": "plan", "shard": asdict(shard)}
     write_sealed_json(manifest_path(folder / prefix), record)
     return shard
 
@@ -111,7 +115,7 @@ def write_blend(folder: Path) -> Path:
         (tokenizer / name).write_text(f'{{"name": "{name}"}}\n')
     tokens = shards[0].tokens + shards[1].tokens
     manifest = BlendManifest(
-        format_version=FORMAT_VERSION,
+        format_version=BLEND_FORMAT_VERSION,
         seed=1,
         plan_fingerprint="plan",
         tokenizer=BlendTokenizer(

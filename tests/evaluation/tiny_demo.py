@@ -16,13 +16,14 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from data_prep.blended_data import (
-    BlendedShard,
+    BLEND_FORMAT_VERSION,
     BlendedSource,
     BlendManifest,
     BlendTokenizer,
     TrainShards,
 )
-from data_prep.indexed_shards import FORMAT_VERSION, ShardWriter, token_dtype
+from data_prep.blending.blended_shard import BlendedShardWriter
+from data_prep.indexed_shards import token_dtype
 from data_prep.output_files import write_sealed_json
 from data_prep.text_tokenizer import load_tokenizer
 from tests.checkpoint_tools.random_cola import random_cola
@@ -77,14 +78,13 @@ def write_blend(folder: Path, tokenizer_folder: Path) -> None:
     validation = {}
     for source in WEIGHTS:
         dtype = token_dtype(tokenizer.vocab_size)
-        with ShardWriter(folder / "validation" / source, dtype) as writer:
+        with BlendedShardWriter(folder, f"validation/{source}", dtype) as writer:
             for _ in range(DOCUMENTS):
                 document = generator.integers(2, tokenizer.vocab_size, DOCUMENT_TOKENS)
                 writer.add(np.append(document, EOS_ID).astype(dtype))
-            summary = writer.publish()
-        validation[source] = BlendedShard(prefix=f"validation/{source}", **asdict(summary))
+            validation[source] = writer.publish()
     manifest = BlendManifest(
-        format_version=FORMAT_VERSION,
+        format_version=BLEND_FORMAT_VERSION,
         seed=0,
         plan_fingerprint="",
         tokenizer=BlendTokenizer(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pretrain.checkpointing import locate_parts, read_description, resolve_checkpoint
+from pretrain.checkpoint_folder import locate_parts, read_description, resolve_checkpoint
 from pretrain.config import RunConfig
 from tests.pretrain.self_contained_worker import LAYOUTS, PADDED, layout_recipe
 from tests.pretrain.tiny_runs import VOCAB_SIZE, saved_tensors, series, tiny_recipe, train_in_process

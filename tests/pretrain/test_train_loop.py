@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpointing import read_description, resolve_checkpoint
+from pretrain.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import RunConfig
 from pretrain.optimization import NonFiniteError
 from pretrain.stages.base import BaseStage

@@ -81,7 +81,7 @@ def saved_tensors(run: Path) -> "dict[str, torch.Tensor]":
     import torch
     from megatron.core import dist_checkpointing
 
-    from pretrain.checkpointing import resolve_checkpoint
+    from pretrain.checkpoint_folder import resolve_checkpoint
     from pretrain.parallel import parallel_context
 
     checkpoint = resolve_checkpoint(run)

@@ -30,7 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
-from pretrain import checkpointing
+from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
 from pretrain.backends import Backends
 from pretrain.config import RunConfig
 from pretrain.model import kernels, specs
@@ -73,12 +73,12 @@ def save(model: ColaModel, config: RunConfig, parts: tuple[str, ...], folder: Pa
     weights = checkpointing.sharded_weights(model, parts, scales=True)
     dist_checkpointing.save(weights, str(folder / "weights"))
     description = {
-        "format_version": checkpointing.FORMAT_VERSION, "stage": config.stage, "step": 1, "consumed_samples": 0,
+        "format_version": checkpoint_folder.FORMAT_VERSION, "stage": config.stage, "step": 1, "consumed_samples": 0,
         "consumed_tokens": 0, "parts": parts, "start_from": None, "tokenizer_fingerprint": "",
         "data_fingerprint": "", "recipe": recipe_fields(config), "megatron_version": "",
         "fingerprints": checkpointing.model_fingerprints(model, parts), **changes,
     }  # fmt: skip
-    (folder / checkpointing.DESCRIPTION_FILE).write_text(json.dumps(description))
+    (folder / checkpoint_folder.DESCRIPTION_FILE).write_text(json.dumps(description))
 
 
 def exchange(model: ColaModel, config: RunConfig, folder: Path, own: str, other: str) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def exchange_optimizer(context: ParallelContext, folder: Path, own: str, other: 
     optimizer = build_optimizer(config, ddp)
     result: dict[str, Any] = {"fresh": optimizer_sums(optimizer)}
     if (folder / f"{other}_optimizer").is_dir():
-        checkpoint = checkpointing.resolve_checkpoint(folder / f"{other}_optimizer")
+        checkpoint = checkpoint_folder.resolve_checkpoint(folder / f"{other}_optimizer")
         checkpointing.load_optimizer(model, optimizer, ("base",), checkpoint)
     else:
         for buffer in ddp.buffers:
@@ -116,8 +116,8 @@ def exchange_optimizer(context: ParallelContext, folder: Path, own: str, other: 
         optimizer.step()
     result["held"] = optimizer_sums(optimizer)
     if not config.run_folder.is_dir():
-        origin = checkpointing.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
-        checkpointing.save(config, model, optimizer, ("base",), 1, origin, {})
+        origin = checkpoint_saving.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
+        checkpoint_saving.save(config, model, optimizer, ("base",), 1, origin, {})
     return result
 
 
