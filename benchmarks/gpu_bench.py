@@ -116,14 +116,16 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
     cpu_redirects.apply()  # before the imports below, which load Megatron
     from data_prep.blended_data import open_blend
     from pretrain.flops import flops_per_token
+    from pretrain.history import History
     from pretrain.metrics import MeanOfSteps, peak_memory_gib
     from pretrain.parallel import parallel_context
     from pretrain.run import build_loop
 
     seconds = []
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
-        loop = build_loop(recipe, context, open_blend(recipe.data.path), newest=None, first_step=0)
-        batches, means = loop.training_batches(first_step=0), MeanOfSteps(context)
+        history = History(recipe.run_folder, active=False)
+        loop = build_loop(recipe, context, open_blend(recipe.data.path), newest=None, history=history)
+        batches, means = loop.training_batches(), MeanOfSteps(context)
         for _ in range(recipe.training.steps):
             _synchronize(context.device)
             started = time.perf_counter()

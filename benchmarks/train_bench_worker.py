@@ -113,6 +113,7 @@ def forget_peak() -> None:
 def opened_loop(recipe: RunConfig) -> "Iterator[tuple[TrainLoop, float]]":
     """The trainer's loop at its first step, after all checks of a run; and memory before it was built, GiB."""
     cpu_redirects.apply()  # before the imports below, which load Megatron
+    from pretrain.history import History
     from pretrain.parallel import parallel_context
     from pretrain.run import build_loop
     from pretrain.run_checks import check
@@ -120,12 +121,13 @@ def opened_loop(recipe: RunConfig) -> "Iterator[tuple[TrainLoop, float]]":
     blend = check(recipe)
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
         libraries_gib = memory_gib("VmRSS")
-        yield build_loop(recipe, context, blend, newest=None, first_step=0), libraries_gib
+        history = History(recipe.run_folder, active=False)
+        yield build_loop(recipe, context, blend, newest=None, history=history), libraries_gib
 
 
 def timed_batches(loop: "TrainLoop") -> "tuple[Iterator[Batch], TimedReader]":
     """What the loop's steps read, and the clock at its loader, which is inside where the base runs ahead."""
-    batches = loop.training_batches(first_step=0)
+    batches = loop.training_batches()
     if loop.ahead is None:
         reader = TimedReader(batches)
         return reader, reader
@@ -162,7 +164,7 @@ def measure_stall(config: WorkerConfig, recipe: RunConfig) -> dict[str, list[flo
         from pretrain.base_ahead import BaseAhead
         from pretrain.data import micro_batches
 
-        loop.training_batches(first_step=0)
+        loop.training_batches()
         assert loop.ahead is not None, "one rank, and the stage's base is frozen"
         batch = next(micro_batches(loop.train_samples, recipe, loop.context, 0, 1))
         repeated = BaseAhead(repeat(batch), loop.model.module, loop.ahead.group_size)

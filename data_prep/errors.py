@@ -64,7 +64,8 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        is_error = error.exit_code != STOPPED_EXIT_CODE
+        print(f"error: {error}" if is_error else error, file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:

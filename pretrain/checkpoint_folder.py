@@ -78,11 +78,19 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """Folders with a checkpoint's name, whatever is in them, oldest first."""
+    return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*[0-9]"))
+
+
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(
-        path.parent for path in (run_folder / CHECKPOINTS_FOLDER).glob(f"step_*[0-9]/{DESCRIPTION_FILE}")
-    )
+    return [folder for folder in checkpoint_folders(run_folder) if is_checkpoint(folder)]
+
+
+def read_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

@@ -10,8 +10,9 @@ from typing import Literal
 
 StageName = Literal["base", "idm", "policy"]
 
-# What a run folder holds, besides checkpoints/ and logs/.
+# What a run folder holds, besides checkpoints/.
 CONFIG_FILE = "config.yaml"
+LOGS_FOLDER = "logs"
 METRICS_FILE = "metrics.jsonl"
 HISTORY_FILE = "history.jsonl"
 ENVIRONMENT_FILE = "environment.json"

@@ -33,7 +33,8 @@ def _stage_problems(config: RunConfig) -> Iterator[str]:
 def _size_problems(config: RunConfig) -> Iterator[str]:
     sections = {
         "model": config.model, "actions": config.actions, "training": config.training,
-        "validation": config.validation, "checkpoint": config.checkpoint, "logging": config.logging,
+        "validation": config.validation, "checkpoint": config.checkpoint, "faults": config.faults,
+        "logging": config.logging,
     }  # fmt: skip
     for name, section in sections.items():
         for key, value in vars(section).items():
@@ -43,6 +44,8 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{name}.{key}: must be 0 or more, got {value}"
             if key not in MAY_BE_ZERO and not 0 < value < math.inf:
                 yield f"{name}.{key}: must be positive, got {value}"
+    if config.faults.spike_factor is not None and config.faults.spike_factor <= 1:
+        yield f"faults.spike_factor: must be above 1, got {config.faults.spike_factor}; null switches it off"
     if config.data.sequence_length > config.model.max_position_embeddings:
         yield (
             f"data.sequence_length: {config.data.sequence_length} exceeds model.max_position_embeddings "

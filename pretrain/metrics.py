@@ -8,16 +8,17 @@ import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data_prep.output_files import write_text_whole
+from pretrain.bad_steps import BadStepError
+from pretrain.checkpoint_folder import LoopState
 from pretrain.config import METRICS_FILE, RunConfig
 from pretrain.flops import CONVENTION
-from pretrain.optimization import NonFiniteError
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields
 from pretrain.stages.contract import StageLoss
@@ -64,11 +65,11 @@ class MeanOfSteps:
         Collective.
 
         Raises:
-            NonFiniteError: on every rank, if a mean over micro-batches and ranks is not finite.
+            BadStepError: on every rank, if a mean over micro-batches and ranks is not finite.
         """
         means, counts_A = self.context.from_last_stage(self._reduce(micro_batches))
         if not all(math.isfinite(value) for value in means.values()):
-            raise NonFiniteError(str(means))
+            raise BadStepError(str(means))
         return StepMeans(means, None if counts_A is None else counts_A.to(self.context.device))
 
     def add(self, step: StepMeans) -> None:
@@ -79,6 +80,23 @@ class MeanOfSteps:
             before_A = 0 if self.action_counts_A is None else self.action_counts_A
             self.action_counts_A = before_A + step.action_counts_A
         self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, the same on all ranks. Collective."""
+        counts_A = self.action_counts_A
+        return {
+            "interval_steps": self.steps,
+            "interval_sums": dict(self.sums),
+            "interval_action_counts": None
+            if counts_A is None
+            else self.context.data_parallel_mean(counts_A).tolist(),
+        }
+
+    def restore(self, loop: LoopState) -> None:
+        """Go on where the interval of a checkpoint stood."""
+        self.steps, self.sums = loop.interval_steps, dict(loop.interval_sums)
+        if loop.interval_action_counts is not None:
+            self.action_counts_A = torch.tensor(loop.interval_action_counts, device=self.context.device)
 
     def _reduce(self, micro_batches: Sequence[StageLoss]) -> StepMeans:
         """Means over micro-batches and data-parallel ranks; action counts of this rank."""
@@ -163,6 +181,13 @@ class MetricsWriter:
         if line["split"] == "train":
             shown = {short: line[name] for name, short in SHOWN_ON_TERMINAL.items() if name in line}
             self.bar.set_postfix({short: f"{value:.4g}" for short, value in shown.items()}, refresh=False)
+
+
+def last_logged_step(path: Path) -> int:
+    """The last step in metrics.jsonl; 0 if there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [step for line in lines if math.isfinite(step := _step_of(line))]
+    return int(max(steps, default=0))
 
 
 def drop_lines_after(path: Path, step: int) -> None:

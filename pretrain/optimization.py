@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
+from pretrain.bad_steps import BadStepError
 from pretrain.config import RunConfig
 from pretrain.cpu_redirects import training_device
 from pretrain.model.cola import ColaModel
@@ -80,12 +81,8 @@ def _with_torch_adamw(optimizer: MegatronOptimizer) -> list[DistributedOptimizer
     ]
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is NaN or infinite; the optimizer has not moved on it."""
-
-
 def refuse_non_finite_gradients(optimizer: MegatronOptimizer) -> None:
-    """Make `optimizer.step` raise `NonFiniteError`, on all ranks alike, before it moves on such gradients.
+    """Make `optimizer.step` raise `BadStepError`, on all ranks alike, before it moves on such gradients.
 
     Megatron looks at the gradient norm only where it scales the loss; here the norm itself refuses.
     """
@@ -94,7 +91,7 @@ def refuse_non_finite_gradients(optimizer: MegatronOptimizer) -> None:
     def finite_gradient_norm() -> float:
         norm = gradient_norm()
         if norm is None or not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm {norm}")
+            raise BadStepError(f"gradient norm {norm}")
         return norm
 
     optimizer.get_grad_norm = finite_gradient_norm

@@ -4,7 +4,7 @@ Everything else receives a `ParallelContext`. gloo serves CPU ranks, NCCL serves
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -55,6 +55,21 @@ class ParallelContext:
         ranks = dist.get_process_group_ranks(self.groups.pp)
         dist.broadcast_object_list(holder, src=ranks[-1], group=self.groups.pp)
         return holder[0]
+
+    def from_first_rank(self, value: Value) -> Value:
+        """The `value` of the first rank, on all of them. Collective; must pickle."""
+        holder = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def highest(self, values: Sequence[int]) -> list[int]:
+        """The highest of each of `values` over all ranks. Collective."""
+        if self.world_size == 1:
+            return list(values)
+        highest = torch.tensor(values, device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest.tolist()
 
 
 def launched_world_size() -> int:

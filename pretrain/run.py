@@ -1,27 +1,36 @@
 """Put a run together: check, prepare the run folder, build, load, and hand over to the loop."""
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
 from data_prep.blended_data import BlendedData
-from data_prep.errors import UserError
+from data_prep.errors import TrainingError, UserError
 from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
-from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
-from pretrain.config import CONFIG_FILE, RunConfig
+from pretrain import checkpointing
+from pretrain.bad_steps import RollBackError
+from pretrain.checkpoint_folder import read_description, resolve_checkpoint, start_of
+from pretrain.checkpoint_saving import RunOrigin
+from pretrain.config import CONFIG_FILE, LOGS_FOLDER, METRICS_FILE, RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.cpu_redirects import use_deterministic_kernels
 from pretrain.data import build_datasets
+from pretrain.history import History
+from pretrain.metrics import last_logged_step
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, build_scheduler, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, launched_rank, launched_world_size, parallel_context
 from pretrain.plan import print_plan
 from pretrain.recipes import dump_recipe, parse_recipe
+from pretrain.resume import newest_whole
 from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs, refuse
 from pretrain.stages.registry import stage_class
-from pretrain.train_loop import TrainLoop
+from pretrain.start_up import StartUp
+from pretrain.train_loop import BEGINNING, Position, TrainLoop
 
 PARTIAL_CONFIG_FILE = CONFIG_FILE + PARTIAL_SUFFIX  # what a run killed at its very start leaves behind
 # What must not change between the start of a run and its resumption: it would be another run.
@@ -59,11 +68,18 @@ def dry_run(config: RunConfig, gpus: int | None) -> None:
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Run the recipe to its last step."""
+    """Run the recipe to its last step.
+
+    Raises (as `TrainLoop.run` does, and before it):
+        UserError: listing what is wrong.
+        IntegrityError: checkpoints were saved, and none is whole any more.
+    """
+    started = StartUp()
     blend = check(config, resume)
     prepare_run_folder(config, resume, overwrite)
     if config.training.deterministic:
         use_deterministic_kernels()
+    started.passed("import_seconds")
     parallel = config.parallel
     with parallel_context(
         parallel.tensor_parallel_size, config.seed, parallel.pipeline_parallel_size
@@ -72,13 +88,86 @@ def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
         if context.is_first_rank:
             _write_run_folder(config, overwrite)
         dist.barrier()
-        newest = checkpoint_folder.newest_checkpoint(config.run_folder) if resume else None
-        first_step = checkpoint_folder.read_description(newest).step if newest else 0
-        if first_step >= config.training.steps:
-            if context.is_first_rank:
-                print(f"{config.run_folder}: already at step {first_step}; nothing to do")
+        started.passed("groups_seconds")
+        history = History(config.run_folder, active=context.is_first_rank)
+        try:
+            _train_to_the_end(config, context, blend, resume, history, started)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, UserError) else 1
+            history.record("end", exit_code=code, reason=" ".join(str(error).split()) or type(error).__name__)
+            raise
+
+
+def _train_to_the_end(
+    config: RunConfig,
+    context: ParallelContext,
+    blend: BlendedData,
+    resume: bool,
+    history: History,
+    started: StartUp,
+) -> None:
+    """Train from where the run stands, and again from its last checkpoint whenever a bad step is rolled back."""
+    newest = newest_whole(config.run_folder, context, history) if resume else None
+    begin = _position(newest)
+    if begin.step >= config.training.steps:
+        if context.is_first_rank:
+            print(f"{config.run_folder}: already at step {begin.step}; nothing to do")
+        return
+    lost_steps = max(0, last_logged_step(config.run_folder / METRICS_FILE) - begin.step)
+    history.record(
+        "start",
+        from_step=begin.step,
+        lost_steps=lost_steps,
+        ranks=context.world_size,
+        job=os.environ.get("SLURM_JOB_ID"),
+    )
+    roll_backs = 0
+    while True:
+        loop = build_loop(config, context, blend, newest, history, begin)
+        started.passed("load_seconds")
+        try:
+            loop.run(lambda: history.record("training", **started.after_first_step()))
+            history.record("end", step=config.training.steps, exit_code=0, reason="done")
             return
-        build_loop(config, context, blend, newest, first_step).run(first_step)
+        except RollBackError as error:
+            newest_before, newest = newest, newest_whole(config.run_folder, context, history)
+            roll_backs = roll_backs + 1 if newest == newest_before else 1
+            begin = _roll_back(config, error, newest, roll_backs, context, history)
+        del loop  # before the next one, which needs its memory
+
+
+def _position(checkpoint: Path | None) -> Position:
+    """Where `checkpoint` stands; the very beginning if there is none."""
+    if checkpoint is None:
+        return BEGINNING
+    description = read_description(checkpoint)
+    return Position(step=description.step, next_sample=description.consumed_samples, loop=description.loop)
+
+
+def _roll_back(
+    config: RunConfig,
+    bad_step: RollBackError,
+    newest: Path | None,
+    roll_backs: int,
+    context: ParallelContext,
+    history: History,
+) -> Position:
+    """Where to go on after a bad step: at the state of `newest`, but in the data after that step.
+
+    Raises:
+        TrainingError: after too many without a new checkpoint in between.
+    """
+    begin = replace(_position(newest), next_sample=bad_step.next_sample)
+    history.record("bad_step", step=bad_step.step, reason=str(bad_step), action="rolled_back")
+    if roll_backs > config.faults.max_bad_steps:
+        raise TrainingError(
+            f"{bad_step}; it is roll-back {roll_backs} without a new checkpoint, faults.max_bad_steps allows "
+            f"{config.faults.max_bad_steps}"
+        )
+    history.record("rolled_back", step=bad_step.step, to_step=begin.step)
+    if context.is_first_rank:
+        print(f"{bad_step}; back to step {begin.step}, and on with other data", flush=True)
+    return begin
 
 
 def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -86,7 +175,7 @@ def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None
     saved = config.run_folder / CONFIG_FILE
     if not saved.exists():
         others = config.run_folder.glob("*") if config.run_folder.exists() else ()
-        if any(path.name != PARTIAL_CONFIG_FILE for path in others):
+        if any(path.name not in (PARTIAL_CONFIG_FILE, LOGS_FOLDER) for path in others):
             raise UserError(
                 f"run_folder: {config.run_folder} holds other files and no {CONFIG_FILE}, so it is no run's; "
                 "choose another folder"
@@ -110,13 +199,20 @@ def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None
 
 def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
     if overwrite:
-        shutil.rmtree(config.run_folder, ignore_errors=True)
+        for path in config.run_folder.glob("*"):
+            if path.name != LOGS_FOLDER:  # this start already writes there
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     config.run_folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(config.run_folder / CONFIG_FILE, dump_recipe(config))
 
 
 def build_loop(
-    config: RunConfig, context: ParallelContext, blend: BlendedData, newest: Path | None, first_step: int
+    config: RunConfig,
+    context: ParallelContext,
+    blend: BlendedData,
+    newest: Path | None,
+    history: History,
+    begin: Position = BEGINNING,
 ) -> TrainLoop:
     """Build the stage and load what it starts or resumes from. Collective."""
     origin = _find_origin(config, blend, newest)
@@ -128,9 +224,9 @@ def build_loop(
     frozen_from = newest or origin.start  # a resumed run's own checkpoint knows where they are, or has them
     if frozen_from is not None:
         frozen = checkpointing.load_frozen(model, stage_type.frozen_parts, frozen_from)
-    begin = newest or (checkpoint_folder.resolve_checkpoint(config.init_from) if config.init_from else None)
-    if begin is not None:
-        checkpointing.load_checked(model, stage_type.trained_parts, begin, scales=newest is not None)
+    weights = newest or (resolve_checkpoint(config.init_from) if config.init_from else None)
+    if weights is not None:
+        checkpointing.load_checked(model, stage_type.trained_parts, weights, scales=newest is not None)
     ddp = wrap_for_data_parallel(model, context)
     optimizer = build_optimizer(config, ddp)
     if newest is not None:
@@ -141,26 +237,28 @@ def build_loop(
         stage_type(config, context.data_parallel_mean),
         ddp,
         optimizer,
-        build_scheduler(config, optimizer, first_step),
+        build_scheduler(config, optimizer, begin.step),
         samples,
         origin,
         frozen,
+        history,
+        begin,
     )
 
 
-def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> checkpoint_saving.RunOrigin:
+def _find_origin(config: RunConfig, blend: BlendedData, newest: Path | None) -> RunOrigin:
     """What the run is made from: for a resumed one, what it was made from, even if newer checkpoints exist."""
     if newest is None:
-        start = checkpoint_folder.resolve_checkpoint(config.start_from) if config.start_from else None
+        start = resolve_checkpoint(config.start_from) if config.start_from else None
     else:
-        description = checkpoint_folder.read_description(newest)
-        start = checkpoint_folder.start_of(newest, description)
+        description = read_description(newest)
+        start = start_of(newest, description)
         if description.data_fingerprint != blend.plan_fingerprint:
             raise UserError(
                 f"data.path: {blend.folder} holds other shards than those {newest} was trained on, so the run "
                 "cannot go on in the same order; restore them or start a new run_folder"
             )
-    return checkpoint_saving.RunOrigin(
+    return RunOrigin(
         start=start,
         tokenizer_fingerprint=blend.tokenizer_fingerprint,
         data_fingerprint=blend.plan_fingerprint,

@@ -12,6 +12,7 @@ from pretrain.data import find_data_problems
 from pretrain.parallel import launched_world_size
 from pretrain.plan import find_plan_problems
 from pretrain.recipes import recipe_from_fields
+from pretrain.resume import newest_described
 from pretrain.stages.registry import stage_class
 
 
@@ -24,7 +25,7 @@ def check(config: RunConfig, resume: bool = False) -> BlendedData:
     ranks = launched_world_size()
     problems = find_problems(config, ranks)
     problems += find_device_problems(config, ranks, fits=not problems)
-    resumed = checkpoint_folder.newest_checkpoint(config.run_folder) if resume else None
+    resumed = newest_described(config.run_folder) if resume else None
     input_problems, blend = find_input_problems(config, resumed)
     refuse(problems + input_problems)
     assert blend is not None, "problem-free inputs include a blend"

@@ -1,7 +1,8 @@
 """The one training loop, for every stage: Megatron's schedule, optimizer step, metrics, validation, checkpoints."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,20 +11,42 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
 
-from pretrain import checkpoint_saving, checkpointing
+from data_prep.errors import StoppedError
+from pretrain import checkpointing
+from pretrain.bad_steps import BadStepError, BadSteps
 from pretrain.base_ahead import BaseAhead
+from pretrain.checkpoint_folder import LoopState
+from pretrain.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
 from pretrain.config import RunConfig
 from pretrain.data import IndexedSamples, micro_batches
 from pretrain.flops import flops_per_token
+from pretrain.hang_watch import HangWatch
+from pretrain.history import History
 from pretrain.metrics import MeanOfSteps, MetricsWriter, peak_memory_gib
-from pretrain.optimization import NonFiniteError, refuse_non_finite_gradients
+from pretrain.optimization import refuse_non_finite_gradients
 from pretrain.parallel import ParallelContext
 from pretrain.pipeline import Pipeline
 from pretrain.stages.contract import Batch, Carry, Stage, StageLoss
+from pretrain.stop_request import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in the run, and in the data, a loop begins."""
+
+    step: int
+    """Steps done."""
+    next_sample: int
+    """Samples read."""
+    loop: LoopState
+    """The rest of what a checkpoint keeps of a loop."""
+
+
+BEGINNING = Position(step=0, next_sample=0, loop=LoopState())
 
 
 class TrainLoop:
-    """Runs a stage from `first_step` to the recipe's last step. Everything it needs is made outside."""
+    """Runs a stage from `begin` to the recipe's last step. Everything it needs is made outside."""
 
     def __init__(
         self,
@@ -34,51 +57,88 @@ class TrainLoop:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         samples: tuple[IndexedSamples, IndexedSamples],
-        origin: checkpoint_saving.RunOrigin,
+        origin: RunOrigin,
         frozen: checkpointing.FrozenFingerprints,
+        history: History,
+        begin: Position,
     ) -> None:
         self.config, self.context, self.stage = config, context, stage
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.train_samples, self.validation_samples = samples
-        self.origin, self.frozen = origin, frozen
+        self.frozen, self.history, self.begin = frozen, history, begin
         self.total_flops_per_token = sum(flops_per_token(config).values())
         self.pipeline = Pipeline(config, context, model)
         self.ahead: BaseAhead | None = None
-        self.skipped_in_a_row = self.skipped_steps = 0
+        loop = begin.loop
+        self.bad_steps = BadSteps(
+            config.faults, loop.recent_losses, loop.bad_steps_in_a_row, loop.skipped_steps
+        )
+        self.interval, self.interval_seconds = MeanOfSteps(context), loop.interval_seconds
+        self.interval.restore(loop)
+        self.watch = HangWatch(config.faults.hang_seconds)
+        self.saver = CheckpointSaver(config, context, origin, history, self.watch.beat)
         refuse_non_finite_gradients(optimizer)
         model_config = get_model_config(model)
         model_config.finalize_model_grads_func = self.finalize_gradients
         model_config.no_sync_func = model.no_sync  # gradients are reduced after the last micro-batch only
 
-    def run(self, first_step: int) -> None:
-        """Train the steps after `first_step`; validates and saves on the way and at the end."""
+    def run(self, after_first_step: Callable[[], None] = lambda: None) -> None:
+        """Train from `begin` on; validates and saves on the way and at the end.
+
+        Raises (on all ranks alike):
+            StoppedError: a signal asked for it; everything up to then is saved.
+            RollBackError: a bad step is to be rolled back.
+            TrainingError: too many bad steps.
+            StorageError: what must be saved before the end cannot be.
+        """
         config = self.config
-        batches = self.training_batches(first_step)
-        with MetricsWriter(config, self.context, first_step) as writer:
+        batches = self.training_batches()
+        first = self.begin.step + 1
+        with (
+            MetricsWriter(config, self.context, self.begin.step) as writer,
+            StopRequest() as stop_request,
+            self.watch,
+            self.saver,
+        ):
             started = time.monotonic()
-            interval, interval_seconds = MeanOfSteps(self.context), 0.0
             gradient_norm = 0.0
-            for step in range(first_step + 1, config.training.steps + 1):
+            for step in range(first, config.training.steps + 1):
                 step_started = time.monotonic()
-                gradient_norm = self.train_or_skip_step(batches, interval, step, gradient_norm)
-                interval_seconds += time.monotonic() - step_started
+                gradient_norm = self.train_or_skip_step(batches, step, gradient_norm)
+                self.interval_seconds += time.monotonic() - step_started
                 writer.step_done()
                 last = step == config.training.steps
-                if interval.steps and (last or step % config.logging.interval_steps == 0):
-                    line = self.describe(step, "train", interval, time.monotonic() - started)
-                    writer.write(line | self.speed(interval, interval_seconds, gradient_norm))
-                    interval, interval_seconds = MeanOfSteps(self.context), 0.0
+                if self.interval.steps and (last or step % config.logging.interval_steps == 0):
+                    line = self.describe(step, "train", self.interval, time.monotonic() - started)
+                    writer.write(line | self.speed(gradient_norm))
+                    self.interval, self.interval_seconds = MeanOfSteps(self.context), 0.0
                 if last or step % config.validation.interval_steps == 0:
                     writer.write(
                         self.describe(step, "validation", self.validate(), time.monotonic() - started)
                     )
-                if last or step % config.checkpoint.interval_steps == 0:
-                    self.save(step)
+                if step == first:
+                    after_first_step()
+                self.watch.beat()
+                self.save_or_stop(step, last, stop_request.asked)
 
-    def training_batches(self, first_step: int) -> Iterator[Batch]:
-        """Micro-batches of the steps after `first_step`; where the whole base is here and frozen, it runs ahead."""
+    def save_or_stop(self, step: int, last: bool, asked_to_stop: bool) -> None:
+        """What the ranks do together after a step: see how the save under way is doing, save, stop."""
+        running, failed, stop = self.context.highest((*self.saver.local_state(), int(asked_to_stop)))
+        self.saver.advance(step, bool(running), bool(failed))
+        if last or stop:
+            self.saver.save_and_wait(lambda: self.snapshot(step), step)
+        elif step % self.config.checkpoint.interval_steps == 0 or self.saver.is_owed(step):
+            self.save(step)
+        if stop and not last:
+            raise StoppedError(
+                f"stopped on request after step {step}, which is saved; --resume goes on from there"
+            )
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Micro-batches of the steps to do; where the whole base is here and frozen, it runs ahead."""
         config = self.config
-        batches = micro_batches(self.train_samples, config, self.context, first_step, config.training.steps)
+        steps = config.training.steps - self.begin.step
+        batches = micro_batches(self.train_samples, config, self.context, self.begin.next_sample, steps)
         if "base" not in self.stage.frozen_parts or self.context.pipeline_size > 1:
             return batches
         training = config.training
@@ -88,39 +148,40 @@ class TrainLoop:
         self.ahead = BaseAhead(batches, self.model.module, group_size)
         return self.ahead
 
-    def train_or_skip_step(
-        self, batches: Iterator[Batch], means: MeanOfSteps, step: int, last_norm: float
-    ) -> float:
-        """One optimizer step, or none where loss or gradient are not finite; the ranks agree.
+    def next_sample(self, step: int) -> int:
+        """The first sample that is not read once `step` is done."""
+        return self.begin.next_sample + (step - self.begin.step) * self.config.training.global_batch_size
 
-        Raises:
-            NonFiniteError: after more such steps in a row than `training.non_finite_steps`.
-        """
+    def train_or_skip_step(self, batches: Iterator[Batch], step: int, last_norm: float) -> float:
+        """One optimizer step, or none where it went wrong and the recipe says so; the ranks agree."""
         try:
-            gradient_norm = self.train_step(batches, means)
-        except NonFiniteError as error:
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row > self.config.faults.max_bad_steps:
-                raise NonFiniteError(f"step {step}: {error}; the optimizer was not moved") from None
-            self.skipped_steps += 1
+            gradient_norm, loss = self.train_step(batches, self.interval)
+        except BadStepError as error:
+            told = self.bad_steps.count_bad(step, self.next_sample(step), error)
+            self.history.record("bad_step", step=step, reason=str(error), action="skipped")
             if self.context.is_first_rank:
-                print(f"step {step}: {error}; skipped ({self.skipped_in_a_row} in a row)", flush=True)
+                print(told, flush=True)
             return last_norm
-        self.skipped_in_a_row = 0
+        self.bad_steps.count_good(loss)
         return gradient_norm
 
-    def train_step(self, batches: Iterator[Batch], means: MeanOfSteps) -> float:
-        """One optimizer step over a global batch; returns the gradient norm before clipping."""
+    def train_step(self, batches: Iterator[Batch], means: MeanOfSteps) -> tuple[float, float]:
+        """One optimizer step over a global batch; returns the gradient norm before clipping, and the loss.
+
+        Raises:
+            BadStepError: before the optimizer moves.
+        """
+        self.scheduler.step(increment=1)  # even if the step is skipped: the rate is a function of its number
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.model.ddp_config.overlap_param_gather:
             self.model.start_param_sync()  # behind the base's forward pass
         self.run_base_ahead()
         report = means.reduce_step(self.pipeline.run(self.forward, batches, training=True))
-        self.scheduler.step(increment=1)
+        self.bad_steps.refuse_spike(report.means["loss"])
         _, gradient_norm, _ = self.optimizer.step()
         means.add(report)
-        return float(gradient_norm)
+        return float(gradient_norm), report.means["loss"]
 
     def run_base_ahead(self) -> None:
         """Give the processor base work while communication is under way."""
@@ -146,6 +207,7 @@ class TrainLoop:
         batches = micro_batches(self.validation_samples, self.config, self.context, 0, steps)
         for _ in range(steps):
             means.add_step(self.pipeline.run(self.forward, batches, training=False))
+            self.watch.beat()
         self.model.train()
         return means
 
@@ -167,31 +229,48 @@ class TrainLoop:
             **means.summary(),
         }
 
-    def speed(self, interval: MeanOfSteps, seconds: float, gradient_norm: float) -> dict[str, float]:
+    def speed(self, gradient_norm: float) -> dict[str, float]:
         """Rates of the interval, over all ranks; TFLOP/s by the convention of `pretrain.flops`. Collective."""
-        tokens_per_second = interval.steps * self.config.tokens_per_step / seconds
+        tokens_per_second = self.interval.steps * self.config.tokens_per_step / self.interval_seconds
         return {
             "learning_rate": get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,
             "grad_norm": gradient_norm,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.bad_steps.skipped,
             "tokens_per_second": round(tokens_per_second, 1),
             "tflops_per_second": self.total_flops_per_token * tokens_per_second / 1e12,
             "memory_gib": peak_memory_gib(self.context),
         }
 
     def save(self, step: int) -> None:
-        """Check that the frozen tensors are what they were, then write a checkpoint. Collective."""
+        """Begin to save; later, if the save before is still under way. Collective."""
+        if self.saver.is_idle:
+            self.saver.begin(self.snapshot(step))
+        else:
+            self.saver.put_off(step)
+
+    def snapshot(self, step: int) -> Snapshot:
+        """The state after `step`, and the fingerprints of its tensors. Collective.
+
+        Raises:
+            UserError: a frozen tensor is not what it was.
+        """
         self.finish_parameters()
         model = self.model.module
         frozen = checkpointing.model_fingerprints(model, self.stage.frozen_parts)
         checkpointing.check_fingerprints(self.frozen.held, frozen, f"step {step}, frozen tensors")
         trained = checkpointing.model_fingerprints(model, self.stage.trained_parts)
-        checkpoint_saving.save(
-            self.config,
-            model,
-            self.optimizer,
-            self.stage.trained_parts,
-            step,
-            self.origin,
-            self.frozen.saved | trained,
+        return Snapshot(
+            step=step,
+            consumed_samples=self.next_sample(step),
+            model=model,
+            optimizer=self.optimizer,
+            trained_parts=self.stage.trained_parts,
+            loop=LoopState(
+                skipped_steps=self.bad_steps.skipped,
+                bad_steps_in_a_row=self.bad_steps.in_a_row,
+                recent_losses=list(self.bad_steps.recent_losses),
+                interval_seconds=self.interval_seconds,
+                **self.interval.state(),
+            ),
+            fingerprints=self.frozen.saved | trained,
         )

@@ -76,7 +76,9 @@ BAD_FIELDS: list[tuple[str, Any, int, str]] = [
     ("actions.regulariser_coefficient", -0.1, 1, "must be 0 or more, got -0.1"),
     ("actions.regulariser_coefficient", math.nan, 1, "must be 0 or more, got nan"),
     ("model.max_position_embeddings", 16, 1, "32 exceeds model.max_position_embeddings 16"),
-    ("training.non_finite_steps", -1, 1, "must be 0 or more, got -1"),
+    ("faults.max_bad_steps", 0, 1, "must be positive, got 0"),
+    ("faults.spike_factor", 1.0, 1, "must be above 1, got 1.0"),
+    ("checkpoint.keep_every_steps", 0, 1, "must be positive, got 0"),
     ("training.base_micro_batch_size", 0, 1, "must be positive, got 0"),
     ("training.base_micro_batch_size", 6, 1, "6 must be a multiple of training.micro_batch_size 4"),
     ("training.base_micro_batch_size", 16, 1, "divide the 8 sequences of a rank's step"),
@@ -302,7 +304,7 @@ def test_what_a_stage_cannot_have_is_said(stage: str, field: str, value: object,
 def test_zero_is_allowed_where_it_means_something() -> None:
     config = good_recipe()
     names = ("optimizer.warmup_steps", "optimizer.min_learning_rate", "optimizer.weight_decay", "seed",
-             "actions.regulariser_coefficient", "training.non_finite_steps")  # fmt: skip
+             "actions.regulariser_coefficient"  )  # fmt: skip
     for name in names:
         config = with_field(config, name, 0)
     assert find_problems(config, 1) == []

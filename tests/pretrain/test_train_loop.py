@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.errors import TrainingError
 from pretrain.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import RunConfig
-from pretrain.optimization import NonFiniteError
 from pretrain.stages.base import BaseStage
 from pretrain.stages.contract import StageLoss
 from tests.pretrain.tiny_runs import metrics, series, tiny_recipe, train_in_process
@@ -42,7 +42,7 @@ def test_the_run_ends_before_the_optimizer_moves(
     tmp_path: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     break_steps(monkeypatch, {4}, what)
-    with pytest.raises(NonFiniteError, match=r"step 4: .*nan.*the optimizer was not moved"):
+    with pytest.raises(TrainingError, match=r"step 4: .*nan.*the optimizer was not moved"):
         train_in_process(recipe(tmp_path / "run", tiny_blend))
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
     assert read_description(resolve_checkpoint(tmp_path / "run")).step == 3
@@ -67,7 +67,7 @@ def test_one_more_in_a_row_ends_the_run(
     tmp_path: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_steps(monkeypatch, {2, 3, 4}, "gradient")
-    with pytest.raises(NonFiniteError, match=r"step 4: "):
+    with pytest.raises(TrainingError, match=r"step 4: "):
         train_in_process(recipe(tmp_path / "run", tiny_blend, non_finite_steps=2))
 
 

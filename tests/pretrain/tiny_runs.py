@@ -12,6 +12,8 @@ from pretrain.recipes import recipe_from_fields
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.parallel import ParallelContext
+
 VOCAB_SIZE = 1024
 SEQUENCE_LENGTH = 32
 MODEL = {
@@ -92,6 +94,19 @@ def saved_tensors(run: Path) -> "dict[str, torch.Tensor]":
             for name, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint / kind)).items()
             if torch.is_tensor(tensor)
         }
+
+
+def save_now(config: RunConfig, context: "ParallelContext", **snapshot: Any) -> None:
+    """Write a checkpoint by itself, with the trainer's own code; `snapshot` are the fields of a Snapshot."""
+    from pretrain.checkpoint_folder import LoopState
+    from pretrain.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
+    from pretrain.history import History
+
+    origin = RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
+    history = History(config.run_folder, active=False)
+    saver = CheckpointSaver(config, context, origin, history, beat=lambda: None)
+    taken = Snapshot(consumed_samples=0, loop=LoopState(), **snapshot)
+    saver.save_and_wait(lambda: taken, taken.step)
 
 
 def train_in_process(config: RunConfig, resume: bool = False) -> None:
