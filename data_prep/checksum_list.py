@@ -28,7 +28,8 @@ def read_checksum_list(path: Path, digits: int = CHECKSUM_DIGITS) -> dict[str, s
         UserError: a line is not `digits` hex digits and a name, or the name leads out of the folder.
     """
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         match = LIST_LINE.fullmatch(line)
         if not match or len(match["sum"]) != digits:
             raise UserError(f"{path}: line {number} is not {digits} hex digits and a file name")
