@@ -157,6 +157,7 @@ class TrainLoop:
         try:
             gradient_norm, loss = self.train_step(batches, self.interval)
         except BadStepError as error:
+            self.saver.wait(step)  # where a roll-back would go to
             told = self.bad_steps.count_bad(step, self.next_sample(step), error)
             self.history.record("bad_step", step=step, reason=str(error), action="skipped")
             if self.context.is_first_rank:

@@ -14,9 +14,10 @@ from pretrain.stages.contract import StageLoss
 from tests.pretrain.tiny_runs import metrics, series, tiny_recipe, train_in_process
 
 
-def recipe(folder: Path, data: Path, **training: Any) -> RunConfig:
-    """Six steps of one micro-batch of the base."""
-    return tiny_recipe("base", folder, data, training={"micro_batch_size": 8} | training)
+def recipe(folder: Path, data: Path, skips: int = 0, **training: Any) -> RunConfig:
+    """Six steps of one micro-batch of the base; so many bad steps in a row are skipped."""
+    faults = {"bad_step": "skip", "max_bad_steps": skips} if skips else {}
+    return tiny_recipe("base", folder, data, training={"micro_batch_size": 8} | training, faults=faults)
 
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
@@ -54,7 +55,7 @@ def test_steps_are_skipped_and_counted(
 ) -> None:
     """Two in a row are allowed; the weights stay finite and the count is in the log."""
     break_steps(monkeypatch, {2, 3, 5}, what)
-    train_in_process(recipe(tmp_path / "run", tiny_blend, non_finite_steps=2))
+    train_in_process(recipe(tmp_path / "run", tiny_blend, skips=2))
     assert [(line["step"], line["skipped_steps"]) for line in metrics(tmp_path / "run")] == [
         (1, 0),
         (4, 2),
@@ -68,7 +69,7 @@ def test_one_more_in_a_row_ends_the_run(
 ) -> None:
     break_steps(monkeypatch, {2, 3, 4}, "gradient")
     with pytest.raises(TrainingError, match=r"step 4: "):
-        train_in_process(recipe(tmp_path / "run", tiny_blend, non_finite_steps=2))
+        train_in_process(recipe(tmp_path / "run", tiny_blend, skips=2))
 
 
 def test_a_skipped_step_leaves_the_weights(
@@ -78,7 +79,7 @@ def test_a_skipped_step_leaves_the_weights(
     for name, steps, broken in (("short", 5, set()), ("skipped", 6, {6}), ("whole", 6, set())):
         with monkeypatch.context() as patch:
             break_steps(patch, broken, "gradient")
-            train_in_process(recipe(tmp_path / name, tiny_blend, steps=steps, non_finite_steps=1))
+            train_in_process(recipe(tmp_path / name, tiny_blend, steps=steps, skips=1))
     ends = {
         name: read_description(resolve_checkpoint(tmp_path / name)).fingerprints
         for name in ("short", "skipped", "whole")

@@ -60,6 +60,7 @@ def tiny_recipe(
         "validation": {"interval_steps": 3, "steps": 1},
         "checkpoint": {"interval_steps": 3},
         "logging": {"interval_steps": 1, "wandb": "off"},
+        "faults": {},
         "parallel": {},
     }
     for name, changes in sections.items():
