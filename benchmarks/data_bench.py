@@ -144,7 +144,7 @@ def time_blend(config: DataBenchConfig, tokens: dict[str, int]) -> dict[str, flo
         started = time.monotonic()
         written_bytes = 0
         for prefix in shards:
-            for ending in (".bin", ".idx"):
+            for ending in (".bin", ".idx", ".xxh"):
                 source = prefix.with_name(prefix.name + ending)
                 shutil.copyfile(source, copy / source.name)
                 with (copy / source.name).open("rb") as stream:

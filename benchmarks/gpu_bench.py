@@ -116,6 +116,7 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
     cpu_redirects.apply()  # before the imports below, which load Megatron
     from data_prep.blended_data import open_blend
     from pretrain.flops import flops_per_token
+    from pretrain.hang_watch import HangWatch
     from pretrain.history import History
     from pretrain.metrics import MeanOfSteps, peak_memory_gib
     from pretrain.parallel import parallel_context
@@ -124,7 +125,7 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
     seconds = []
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
         history = History(recipe.run_folder, active=False)
-        loop = build_loop(recipe, context, open_blend(recipe.data.path), newest=None, history=history)
+        loop = build_loop(recipe, context, open_blend(recipe.data.path), newest=None, history=history, watch=HangWatch(60))
         batches, means = loop.training_batches(), MeanOfSteps(context)
         for _ in range(recipe.training.steps):
             _synchronize(context.device)

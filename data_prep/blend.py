@@ -6,12 +6,13 @@
 
 `--config` (default configs/blend_200g.yaml) names a YAML file with the options below; flags override it.
 First the plan is made from the manifests alone and shown as a table; a source that is too small is refused
-unless repeats are allowed. Then `train/shard_00000.bin/.idx` and so on are written, documents in a globally
+unless repeats are allowed. Then `train/shard_00000.bin/.idx/.xxh` and so on are written, documents in a globally
 shuffled order that depends on nothing but the seed and the manifests; every shard is itself a correct
-blend, and so is the first half of them. Validation stays apart, one shard a source; train documents that
-are equal to any document of the sources' validation splits are left out and counted. `tokenizer/` is a copy of
-the tokenizer. `blend.json` comes last and lists everything. Training opens the folder with
-data_prep.blended_data.open_blend. An interrupted run goes on with --resume.
+blend, and so is the first half of them. The .xxh has checksums of the .bin's blocks, by which training checks what
+it reads. Validation stays apart, one shard a source; train documents that are equal to any document of the sources'
+validation splits are left out and counted. `tokenizer/` is a copy of the tokenizer. `blend.json` comes last and
+lists everything. Training opens the folder with data_prep.blended_data.open_blend. An interrupted run goes on
+with --resume.
 
 Several processes may share the work, by --shards or as a Slurm job array (`sbatch --array=0-9`), where each
 task takes its share by itself. The bytes are the same however the work is shared out. The process that has
@@ -113,6 +114,11 @@ def check_config(config: BlendConfig) -> None:
         f"--weights.{name} {weight} must not be negative"
         for name, weight in config.weights.items()
         if weight < 0
+    ]
+    problems += [
+        f"--weights.{name}: a source is named by its folder in {config.tokenized}, which {name!r} is not"
+        for name in config.weights
+        if "/" in name or name in ("", ".", "..")
     ]
     if not any(weight > 0 for weight in config.weights.values()):
         problems.append("--weights needs a source with a weight above 0")

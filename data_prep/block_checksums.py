@@ -7,15 +7,13 @@ last block is what is left. That is an eight-thousandth of the .bin. A blend lis
 from array import array
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from data_prep.errors import InputDataError, UserError
 
-BLOCK_BYTES = (
-    1 << 16
-)  # larger: more to read for a document; smaller: more checksums in the memory of every process
-CHECKSUM = np.dtype("<u8")
+# Larger: more to read for a document. Smaller: more checksums in the memory of every process.
+BLOCK_BYTES = 1 << 16
+CHECKSUM_BYTES = 8
 REMEDY = "restore the file from a copy or blend again with --overwrite"
 
 
@@ -51,7 +49,7 @@ class BlockChecksums:
         """Write the checksums of all bytes so far, which end here; return the written file's own (xxh3, 128 bits)."""
         if self._block_bytes:
             self._end_block()
-        content = np.array(self._checksums, CHECKSUM).tobytes()
+        content = self._checksums.tobytes()
         path.write_bytes(content)
         return xxhash.xxh3_128_hexdigest(content)
 
@@ -61,13 +59,13 @@ def check_blocks_size(prefix: Path, bin_bytes: int) -> None:
     path = blocks_path(prefix)
     if not path.is_file():
         raise UserError(f"{path} is missing; {REMEDY}")
-    expected_bytes = -(-bin_bytes // BLOCK_BYTES) * CHECKSUM.itemsize
+    expected_bytes = -(-bin_bytes // BLOCK_BYTES) * CHECKSUM_BYTES
     if (actual_bytes := path.stat().st_size) != expected_bytes:
         raise UserError(f"{path} has {actual_bytes} bytes instead of {expected_bytes}; {REMEDY}")
 
 
-def read_block_checksums(prefix: Path, xxh3_128: str) -> np.ndarray:
-    """Read the checksums of a shard's blocks. Returns [blocks] uint64.
+def read_block_checksums(prefix: Path, xxh3_128: str) -> memoryview:
+    """Read the checksums of a shard's blocks: a sequence of integers that takes 8 bytes for each.
 
     Args:
         prefix: the shard's path without an ending.
@@ -83,4 +81,4 @@ def read_block_checksums(prefix: Path, xxh3_128: str) -> np.ndarray:
         raise InputDataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
     if xxhash.xxh3_128_hexdigest(content) != xxh3_128:
         raise InputDataError(f"{path}: was changed after it was written (its checksum differs); {REMEDY}")
-    return np.frombuffer(content, CHECKSUM)
+    return memoryview(content).cast("Q")

@@ -54,6 +54,20 @@ def _write_whole(path: Path, text: str, temporary: Path) -> None:
         raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, all of it or none: what a full disk took of it is taken away again."""
+    rest = memoryview(f"{line}\n".encode())
+    with path.open("ab", buffering=0) as stream:
+        end = os.fstat(stream.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(end)
+            raise
+
+
 def write_json_whole(path: Path, content: object) -> None:
     """Write a small JSON file so that a reader sees all of it or none."""
     write_text_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

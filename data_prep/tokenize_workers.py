@@ -1,10 +1,7 @@
 """Tokenize units in parallel processes, under one progress bar."""
 
-import ctypes
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,11 +11,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.errors import UserError
+from data_prep.process_ties import die_with_parent
 from data_prep.tokenize_unit import Unit, UnitOptions, UnitTokenizer
 from data_prep.unit_manifest import UnitManifest
 
 PROGRESS_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class ProgressBar:
@@ -50,14 +47,6 @@ class ProgressBar:
 def use_one_thread() -> None:
     """Keep the tokenizers' libraries to this thread: parallelism is --workers, a file each."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-
-
-def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent dies, so that none goes on writing beside a resumed run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request
-        os._exit(1)
 
 
 _worker_tokenizer: UnitTokenizer

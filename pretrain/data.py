@@ -7,12 +7,15 @@ ranks, and a resumed run continues at the number of samples consumed so far.
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.blended_data import BlendedData
+from data_prep.errors import UserError
+from pretrain.checked_shards import CheckedSamples, CheckedSamplesConfig, check_indexes
 from pretrain.config import RunConfig
+from pretrain.index_cache import whole_index_cache
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch
 
@@ -24,7 +27,11 @@ class ShardVocabulary:
         self.vocab_size = blend.vocab_size
         self.eod = blend.eos_id
         self.pad = -1  # no such token: nothing in the shards is padding
-        self.unique_identifiers = {"fingerprint": blend.tokenizer_fingerprint}
+        # Megatron's name for the order of the samples depends on these, else only on the shards' paths.
+        self.unique_identifiers = {
+            "fingerprint": blend.tokenizer_fingerprint,
+            "data_fingerprint": blend.plan_fingerprint,
+        }
 
 
 class IndexedSamples(Dataset[dict[str, torch.Tensor]]):
@@ -37,7 +44,8 @@ class IndexedSamples(Dataset[dict[str, torch.Tensor]]):
         return len(self.samples)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.samples[index]
+        # A run that was rolled back reads more samples than it has steps for: after the last comes the first.
+        sample = self.samples[index % len(self)]
         return {"tokens": sample["tokens"], "labels": sample["labels"], "sample_index": torch.tensor(index)}
 
 
@@ -73,9 +81,17 @@ def find_data_problems(config: RunConfig, blend: BlendedData) -> list[str]:
 
 
 def build_datasets(config: RunConfig, blend: BlendedData) -> tuple[IndexedSamples, IndexedSamples]:
-    """Train and validation samples of `data.sequence_length` tokens. Collective: every rank calls it."""
+    """Train and validation samples of `data.sequence_length` tokens. Collective: every rank calls it.
+
+    Raises (also when a sample is read):
+        InputDataError: a part of a shard is not what was written.
+        StorageError: the order of the samples could not be written to the run folder.
+    """
+    check_indexes(blend.shards, dist.get_rank(), dist.get_world_size())
     sources = sorted(blend.validation_prefixes)
-    dataset_config = GPTDatasetConfig(
+    cache = config.run_folder / "index_cache"
+    dataset_config = CheckedSamplesConfig(
+        shards=blend.shards,
         random_seed=config.seed,
         sequence_length=config.data.sequence_length,
         blend_per_split=[
@@ -86,7 +102,7 @@ def build_datasets(config: RunConfig, blend: BlendedData) -> tuple[IndexedSample
             ),
             None,
         ],
-        path_to_cache=str(config.run_folder / "index_cache"),
+        path_to_cache=str(cache),
         tokenizer=ShardVocabulary(blend),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -95,32 +111,48 @@ def build_datasets(config: RunConfig, blend: BlendedData) -> tuple[IndexedSample
     )
     # One epoch of everything whatever the run's length, so that a longer run keeps the order of a shorter one.
     sizes = [None, config.validation.steps * config.training.global_batch_size, None]
-    train, validation, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, sizes, lambda: True, dataset_config
-    ).build()
+    with whole_index_cache(cache):
+        train, validation, _ = BlendedMegatronDatasetBuilder(
+            CheckedSamples, sizes, lambda: True, dataset_config
+        ).build()
     return IndexedSamples(train), IndexedSamples(validation)
 
 
 def micro_batches(
-    samples: IndexedSamples, config: RunConfig, context: ParallelContext, first_step: int, last_step: int
+    samples: IndexedSamples, config: RunConfig, context: ParallelContext, first_sample: int, steps: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of the steps after `first_step` up to `last_step`, in training order."""
+    """This rank's micro-batches of `steps` steps that begin with sample `first_sample`, in training order.
+
+    Raises:
+        InputDataError: a part of a shard is not what was written.
+    """
     loader = DataLoader(
         samples,
-        batch_sampler=_index_lists(config, context, first_step, last_step),  # type: ignore[arg-type]
+        batch_sampler=_index_lists(config, context, first_sample, steps),  # type: ignore[arg-type]
         num_workers=config.data.loader_workers,
         pin_memory=context.device.type == "cuda",
     )
-    for sample in loader:
+    for sample in _with_plain_errors(loader):
         yield Batch(
             *(sample[k].to(context.device, non_blocking=True) for k in ("tokens", "labels", "sample_index"))
         )
 
 
-def _index_lists(config: RunConfig, context: ParallelContext, first_step: int, last_step: int) -> list[range]:
+def _with_plain_errors(
+    loader: DataLoader[dict[str, torch.Tensor]],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What a loader yields; an error of a loader process, whose message torch makes a traceback, gets it back."""
+    try:
+        yield from loader
+    except UserError as error:
+        if loader.num_workers == 0:
+            raise
+        raise type(error)(str(error).splitlines()[-1].partition(": ")[2]) from error
+
+
+def _index_lists(config: RunConfig, context: ParallelContext, first_sample: int, steps: int) -> list[range]:
     """Sample indices of each micro-batch: a global batch is cut into micro-steps, each micro-step into ranks."""
     size = config.training.micro_batch_size
-    micro_step = size * context.data_parallel_size
-    start = first_step * config.training.global_batch_size + context.data_parallel_rank * size
-    stop = last_step * config.training.global_batch_size
-    return [range(index, index + size) for index in range(start, stop, micro_step)]
+    start = first_sample + context.data_parallel_rank * size
+    stop = first_sample + steps * config.training.global_batch_size
+    return [range(index, index + size) for index in range(start, stop, size * context.data_parallel_size)]

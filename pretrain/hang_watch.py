@@ -20,7 +20,7 @@ GRACE_SECONDS = 5.0
 
 
 class HangWatch:
-    """Inside its `with`, `beat` must be called at least every `limit_seconds`; before the first beat is more time."""
+    """Inside its `with`, `beat` must be called at least every `limit_seconds`; before the first there is more time."""
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
@@ -30,8 +30,8 @@ class HangWatch:
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def __enter__(self) -> Self:
-        self._rearm()
         self._thread.start()
+        self._rearm()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,8 +44,15 @@ class HangWatch:
         self._allowed = self.limit_seconds
         self._rearm()
 
+    def begin_anew(self) -> None:
+        """What comes takes as long as a start."""
+        self._allowed = max(self.limit_seconds, float(START_LIMIT_SECONDS))
+        self._rearm()
+
     def _rearm(self) -> None:
         self._last_beat = time.monotonic()
+        if not self._thread.is_alive():
+            return
         # For code that hangs without letting any Python thread run: this one is none, but always exits with 1.
         faulthandler.dump_traceback_later(
             self._allowed + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr

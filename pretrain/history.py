@@ -14,11 +14,11 @@ metrics.jsonl.
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TypedDict
 
+from data_prep.output_files import append_line
 from pretrain.config import HISTORY_FILE
 
 Fact = str | int | float | None
@@ -43,14 +43,11 @@ class History:
         """Append a line. A disk that is full does not end the run: the line is lost."""
         if not self.active:
             return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
         try:
-            with open(self.path, "a") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, line)
         except OSError as error:
-            print(f"warning: {self.path}: {error.strerror}; not written: {line.strip()}", flush=True)
+            print(f"warning: {self.path}: {error.strerror}; not written: {line}", flush=True)
 
 
 def read_history(run_folder: Path) -> list[Event]:

@@ -19,6 +19,7 @@ from pretrain.config import CONFIG_FILE, LOGS_FOLDER, METRICS_FILE, RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.cpu_redirects import use_deterministic_kernels
 from pretrain.data import build_datasets
+from pretrain.hang_watch import HangWatch
 from pretrain.history import History
 from pretrain.metrics import last_logged_step
 from pretrain.model.cola import ColaModel
@@ -91,7 +92,8 @@ def train(config: RunConfig, resume: bool, overwrite: bool) -> None:
         started.passed("groups_seconds")
         history = History(config.run_folder, active=context.is_first_rank)
         try:
-            _train_to_the_end(config, context, blend, resume, history, started)
+            with HangWatch(config.faults.hang_seconds) as watch:
+                _train_to_the_end(config, context, blend, resume, history, watch, started)
         except BaseException as error:
             code = error.exit_code if isinstance(error, UserError) else 1
             history.record("end", exit_code=code, reason=" ".join(str(error).split()) or type(error).__name__)
@@ -104,6 +106,7 @@ def _train_to_the_end(
     blend: BlendedData,
     resume: bool,
     history: History,
+    watch: HangWatch,
     started: StartUp,
 ) -> None:
     """Train from where the run stands, and again from its last checkpoint whenever a bad step is rolled back."""
@@ -123,13 +126,14 @@ def _train_to_the_end(
     )
     roll_backs = 0
     while True:
-        loop = build_loop(config, context, blend, newest, history, begin)
+        loop = build_loop(config, context, blend, newest, history, watch, begin)
         started.passed("load_seconds")
         try:
             loop.run(lambda: history.record("training", **started.after_first_step()))
             history.record("end", step=config.training.steps, exit_code=0, reason="done")
             return
         except RollBackError as error:
+            watch.begin_anew()
             newest_before, newest = newest, newest_whole(config.run_folder, context, history)
             roll_backs = roll_backs + 1 if newest == newest_before else 1
             begin = _roll_back(config, error, newest, roll_backs, context, history)
@@ -212,6 +216,7 @@ def build_loop(
     blend: BlendedData,
     newest: Path | None,
     history: History,
+    watch: HangWatch,
     begin: Position = BEGINNING,
 ) -> TrainLoop:
     """Build the stage and load what it starts or resumes from. Collective."""
@@ -242,6 +247,7 @@ def build_loop(
         origin,
         frozen,
         history,
+        watch,
         begin,
     )
 

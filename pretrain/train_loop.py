@@ -60,6 +60,7 @@ class TrainLoop:
         origin: RunOrigin,
         frozen: checkpointing.FrozenFingerprints,
         history: History,
+        watch: HangWatch,
         begin: Position,
     ) -> None:
         self.config, self.context, self.stage = config, context, stage
@@ -75,8 +76,8 @@ class TrainLoop:
         )
         self.interval, self.interval_seconds = MeanOfSteps(context), loop.interval_seconds
         self.interval.restore(loop)
-        self.watch = HangWatch(config.faults.hang_seconds)
-        self.saver = CheckpointSaver(config, context, origin, history, self.watch.beat)
+        self.watch = watch
+        self.saver = CheckpointSaver(config, context, origin, history, watch.beat)
         refuse_non_finite_gradients(optimizer)
         model_config = get_model_config(model)
         model_config.finalize_model_grads_func = self.finalize_gradients
@@ -97,7 +98,6 @@ class TrainLoop:
         with (
             MetricsWriter(config, self.context, self.begin.step) as writer,
             StopRequest() as stop_request,
-            self.watch,
             self.saver,
         ):
             started = time.monotonic()

@@ -80,7 +80,11 @@ def test_realised_amounts(
         "tokenizer.json": file_checksum(blend_config.tokenizer / "tokenizer.json")
     }
     for shard in (*manifest.train.shards, *manifest.validation.values()):
-        for ending, checksum in (("bin", shard.bin_xxh3_128), ("idx", shard.idx_xxh3_128)):
+        for ending, checksum in (
+            ("bin", shard.bin_xxh3_128),
+            ("idx", shard.idx_xxh3_128),
+            ("xxh", shard.blocks_xxh3_128),
+        ):
             assert file_checksum(blend_folder / f"{shard.prefix}.{ending}") == checksum
     for name, source in manifest.sources.items():
         assert source.weight == pytest.approx(COLA_WEIGHTS[name])
@@ -245,13 +249,14 @@ def test_sources_that_do_not_fit_are_refused(
 
 def test_all_problems_of_the_settings_at_once(blend_config: BlendConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(
-        blend_config, output=tmp_path, total_tokens=0, weights={"wudao": -1.0}, shard_tokens=0
+        blend_config, output=tmp_path, total_tokens=0, weights={"wudao": -1.0, "../x": 0.0}, shard_tokens=0
     )
     with pytest.raises(UserError) as refusal:
         blend(config)
     for part in (
         "--total-tokens 0",
         "--shard-tokens 0",
+        "--weights.../x: a source is named by its folder",
         "--weights.wudao -1.0",
         f"--output {tmp_path} exists",
     ):

@@ -43,6 +43,8 @@ def test_open_blend(blend_folder: Path, blend_config: BlendConfig) -> None:
     assert data.validation_prefixes == {
         name: str(blend_folder / "validation" / name) for name in blend_config.weights
     }
+    assert set(data.shards) == {*data.train_prefixes, *data.validation_prefixes.values()}
+    assert all(prefix.endswith(f"/{shard.prefix}") for prefix, shard in data.shards.items())
     assert data.weights == pytest.approx(blend_config.weights)
     assert (data.vocab_size, data.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
     assert data.tokenizer_fingerprint == load_tokenizer(data.tokenizer_folder).fingerprint
@@ -92,6 +94,7 @@ def test_megatrons_gpt_dataset_reads_a_blend(blend_folder: Path, tmp_path: Path)
         ("train/shard_00002.bin", r"shard_00002\.bin has \d+ bytes where shard_00002\.idx counts"),
         ("train/shard_00002.idx", r"shard_00002\.idx has \d+ bytes instead of"),
         ("validation/wudao.bin", r"validation/wudao\.bin has"),
+        ("train/shard_00002.xxh", r"shard_00002\.xxh has 6 bytes instead of 8"),
         ("blend.json", r"blend\.json: cannot be read"),
     ],
 )
@@ -124,9 +127,12 @@ def test_missing_parts_are_named(copy: Path) -> None:
     (copy / "validation/wudao.bin").unlink()
     with pytest.raises(UserError, match=r"wudao\.bin is missing"):
         open_blend(copy)
+    (copy / "train/shard_00001.xxh").unlink()
+    with pytest.raises(UserError, match=r"shard_00001\.xxh is missing"):
+        open_blend(copy)
     content = json.loads((copy / "blend.json").read_text())
     (copy / "blend.json").write_text(json.dumps({**content, "format_version": 1}))
-    with pytest.raises(UserError, match="format version 1, not 2"):
+    with pytest.raises(UserError, match="format version 1, not 3; blend again with --overwrite"):
         open_blend(copy)
     write_sealed_json(copy / "blend.json", {**content, "train": {}})
     with pytest.raises(UserError, match=r"train\.shards: Field required"):

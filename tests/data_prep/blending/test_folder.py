@@ -17,8 +17,10 @@ import yaml
 from data_prep.blend import BlendConfig, blend
 from data_prep.blended_data import read_blend_manifest
 from data_prep.blending.writer import BlendWriter
+from data_prep.block_checksums import blocks_path
 from data_prep.errors import UserError
 from data_prep.indexed_shards import ShardWriter, bin_path, manifest_path
+from data_prep.output_files import read_sealed_json, write_sealed_json
 from tests.data_prep.folders import digest_of_files
 from tests.data_prep.token_sources import make_world
 
@@ -125,6 +127,7 @@ def test_whoever_finishes_last_tidies_up(
     config = dataclasses.replace(blend_config, output=tmp_path / "blend", resume=True)
     shutil.copytree(blend_folder, config.output)
     manifest_path(config.output / "train/shard_00002").unlink()
+    blocks_path(config.output / "train/shard_00001").unlink()
     (config.output / "tokenizer.partial").mkdir()
     for name in (
         "train/shard_00002.bin.partial",
@@ -134,6 +137,19 @@ def test_whoever_finishes_last_tidies_up(
         (config.output / name).write_text("left by a killed process")
     assert blend(config) is not None
     assert digest_of_files(config.output) == digest_of_files(blend_folder)
+
+
+def test_shards_of_an_older_version_are_not_mixed_with_new_ones(
+    blend_config: BlendConfig, blend_folder: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(blend_config, output=tmp_path / "blend", resume=True)
+    shutil.copytree(blend_folder, config.output)
+    path = manifest_path(config.output / "train/shard_00002")
+    write_sealed_json(path, read_sealed_json(path, "") | {"format_version": 2})
+    with pytest.raises(
+        UserError, match=r"shard_00002\.json: was written by another version; pass --overwrite"
+    ):
+        blend(config)
 
 
 KILLED_RUN = """
