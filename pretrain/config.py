@@ -144,7 +144,7 @@ class TrainingConfig:
 class FaultConfig:
     """What happens when a step goes wrong, or nothing happens at all."""
 
-    bad_step: Literal["stop", "skip", "roll_back"] = "stop"
+    bad_step: Literal["stop", "skip", "roll_back"] = "skip"
     """What follows a step whose loss or gradient is not finite, or whose loss spikes: the end of the run; the next
     step, the optimizer unmoved; or the last checkpoint, to go on from there with the data after the bad step."""
     max_bad_steps: int = 3

@@ -4,6 +4,7 @@ The sample order is a pure function of the seed and the shards: sample i of the 
 ranks, and a resumed run continues at the number of samples consumed so far.
 """
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from pretrain.config import RunConfig
 from pretrain.index_cache import whole_index_cache
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch
+from pretrain.stop_request import SIGNALS
 
 
 class ShardVocabulary:
@@ -130,6 +132,7 @@ def micro_batches(
         samples,
         batch_sampler=_index_lists(config, context, first_sample, steps),  # type: ignore[arg-type]
         num_workers=config.data.loader_workers,
+        worker_init_fn=_leave_signals_to_the_rank,
         pin_memory=context.device.type == "cuda",
     )
     for sample in _with_plain_errors(loader):
@@ -148,6 +151,12 @@ def _with_plain_errors(
         if loader.num_workers == 0:
             raise
         raise type(error)(str(error).splitlines()[-1].partition(": ")[2]) from error
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """A scheduler signals every process of a job; a loader that dies of it takes its rank along before that has saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _index_lists(config: RunConfig, context: ParallelContext, first_sample: int, steps: int) -> list[range]:

@@ -7,7 +7,8 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=slurm/logs/%x-%j.out
 # Blend the tokenized corpora into training shards; every task of a job array writes its share of them.
 #
 #   sbatch [--array=0-15] slurm/blend.sh [blend.py's flags]      e.g. --total-tokens 100000000000 --output data/blend_100g
@@ -16,6 +17,7 @@
 # go before the script's name. Submitted again, it goes on where it was.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-source slurm/env.sh
+source slurm/job.sh "$@"
 
-"$PYTHON" data_prep/blend.py --config "$BLEND_RECIPE" --tokenized "$TOKENIZED" --tokenizer "$TOKENIZER" --resume "$@"
+run_task "$PYTHON" data_prep/blend.py --config "$BLEND_RECIPE" --tokenized "$TOKENIZED" --tokenizer "$TOKENIZER" \
+  --resume "${arguments[@]}"

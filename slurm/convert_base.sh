@@ -7,7 +7,8 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=slurm/logs/%x-%j.out
 # Import the base's Hugging Face folder as the checkpoint that stage idm starts from. Needs no GPU.
 #
 #   sbatch slurm/convert_base.sh [hf_to_megatron.py's flags]      e.g. --output runs/other/base
@@ -15,6 +16,6 @@
 # Submit from the repository's root. Folders are in slurm/env.sh; options of sbatch go before the script's name.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-source slurm/env.sh
+source slurm/job.sh "$@"
 
-"$PYTHON" checkpoint_tools/hf_to_megatron.py --source "$BASE_MODEL" --output "$BASE_RUN" "$@"
+run_task "$PYTHON" checkpoint_tools/hf_to_megatron.py --source "$BASE_MODEL" --output "$BASE_RUN" "${arguments[@]}"

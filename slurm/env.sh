@@ -7,8 +7,21 @@
 # export SBATCH_PARTITION=gpu
 # export SBATCH_ACCOUNT=project
 
-# Python of the environment that requirements.txt was installed into, seen by all nodes.
-export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
+# More options of sbatch that slurm/submit_all.sh gives to the jobs that need no GPU, and to training.
+export CPU_JOB_OPTIONS="${CPU_JOB_OPTIONS:-}"           # e.g. --partition=cpu --cpus-per-task=64
+export TRAINING_JOB_OPTIONS="${TRAINING_JOB_OPTIONS:-}" # e.g. --nodes=16 --signal=B:USR1@300
+
+# Container (pyxis and enroot): an image file or registry name, and what it sees of the host, this folder at least.
+# Empty: no container. `sbatch slurm/pretrain_idm.sh --container-image IMAGE` chooses one for a single job.
+export CONTAINER_IMAGE="${CONTAINER_IMAGE:-}"
+export CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-$PWD:$PWD}"
+
+# Python of the environment that requirements.txt was installed into, seen by all nodes; in a container, its own.
+if [[ -n $CONTAINER_IMAGE ]]; then
+  export PYTHON="${PYTHON:-python3}"
+else
+  export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
+fi
 
 # Training processes on a node: one a GPU.
 export RANKS_PER_NODE="${RANKS_PER_NODE:-8}"

@@ -7,7 +7,8 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=slurm/logs/%x-%j.out
 # Export the newest checkpoint of the policy as a Hugging Face folder. Needs no GPU.
 #
 #   sbatch slurm/export.sh [megatron_to_hf.py's flags]      e.g. --run runs/llama31_8b/idm --output runs/llama31_8b/idm_hf
@@ -15,6 +16,6 @@
 # Submit from the repository's root. Folders are in slurm/env.sh; options of sbatch go before the script's name.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-source slurm/env.sh
+source slurm/job.sh "$@"
 
-"$PYTHON" checkpoint_tools/megatron_to_hf.py --run "$POLICY_RUN" --output "$EXPORT" "$@"
+run_task "$PYTHON" checkpoint_tools/megatron_to_hf.py --run "$POLICY_RUN" --output "$EXPORT" "${arguments[@]}"

@@ -4,10 +4,12 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=slurm/logs/%x-%j.out
 # Stage policy: the policy on a frozen base and IDM.
 #
 #   sbatch slurm/pretrain_policy.sh [--section.field value ...]      e.g. --optimizer.learning_rate 1e-4
@@ -16,6 +18,6 @@
 # (--nodes=2, --time=...) go before the script's name. Submitted again, it goes on from the newest checkpoint.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-source slurm/env.sh
+source slurm/job.sh "$@"
 source slurm/launch.sh
-launch_training "$POLICY_RECIPE" "$@"
+launch_training "$POLICY_RECIPE" "${arguments[@]}"

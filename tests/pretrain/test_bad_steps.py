@@ -50,7 +50,7 @@ def test_what_follows_is_the_recipes_choice() -> None:
     with pytest.raises(
         TrainingError, match=r"step 7: loss nan; the optimizer was not moved; .*faults.bad_step"
     ):
-        BadSteps(FaultConfig()).count_bad(7, 70, error)
+        BadSteps(FaultConfig(bad_step="stop")).count_bad(7, 70, error)
     with pytest.raises(RollBackError) as rolled_back:
         BadSteps(FaultConfig(bad_step="roll_back")).count_bad(7, 70, error)
     assert (rolled_back.value.step, rolled_back.value.next_sample) == (7, 70)

@@ -16,7 +16,7 @@ from tests.pretrain.tiny_runs import metrics, series, tiny_recipe, train_in_proc
 
 def recipe(folder: Path, data: Path, skips: int = 0, **training: Any) -> RunConfig:
     """Six steps of one micro-batch of the base; so many bad steps in a row are skipped."""
-    faults = {"bad_step": "skip", "max_bad_steps": skips} if skips else {}
+    faults = {"bad_step": "skip", "max_bad_steps": skips} if skips else {"bad_step": "stop"}
     return tiny_recipe("base", folder, data, training={"micro_batch_size": 8} | training, faults=faults)
 
 

@@ -4,10 +4,12 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -208,3 +210,24 @@ def test_a_run_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
     ends = [event["facts"]["exit_code"] for event in read_history(run) if event["event"] == "end"]
     assert ends == [75, 0]
+
+
+def test_loader_processes_outlive_a_signal_to_all(
+    tmp_path: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals them too: the run still saves, and is still told to go on later."""
+    whole, count = TrainLoop.train_step, [0]
+
+    def interrupted(self: TrainLoop, *arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == 2:
+            for process in psutil.Process().children():
+                process.send_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(TrainLoop, "train_step", interrupted)
+    with pytest.raises(StoppedError, match="after step 2"):
+        train_in_process(tiny_recipe("base", tmp_path / "run", tiny_blend, data={"loader_workers": 1}))
+    assert find_checkpoints(tmp_path / "run") == [step_folder(tmp_path / "run", 2)]

@@ -38,8 +38,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=1
-SlurmdTimeout=10
-KillWait=20
+SlurmdTimeout=60
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -56,8 +55,10 @@ def missing() -> str | None:
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"{', '.join(absent)} not found; Debian: apt-get install {PACKAGES}"
-    unshare = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"])
-    return "namespaces are not allowed here" if unshare.returncode else None
+    unshare = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True
+    )
+    return f"no namespaces: {unshare.stderr.strip()}" if unshare.returncode else None
 
 
 class Cluster:
@@ -86,15 +87,21 @@ class Cluster:
         # Without a second address resolvers take the network for one that cannot reach 127.0.0.1.
         network = "ip link set lo up && ip address add 127.0.1.1/8 dev lo && echo up && exec sleep infinity"
         self._spawn("network", "unshare", "--net", "bash", "-c", network)
-        self._wait_for("the network", lambda: "up" in self._log("network"))
+        self.wait_until("the network", lambda: "up" in self._log("network"))
         munge = self.folder / "munge"
-        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        files = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
         self._spawn("munged", "munged", "--foreground", *(f"--{k}={munge / v}" for k, v in files.items()))
-        self._wait_for("munged", (munge / "socket").exists)
+        self.wait_until("munged", (munge / "socket").exists)
         self._start_box("ctl", "slurmctld -D")
         for node in NODES:
             self._start_box(node, f"slurmd -D -N {node}")
-        self._wait_for("the nodes", lambda: self.idle_nodes() == set(NODES))
+        self.wait_until("the nodes", lambda: self.idle_nodes() == set(NODES))
 
     def stop(self) -> None:
         """End everything that `start` started."""
@@ -134,30 +141,43 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()[0]
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait_for_end(self, *jobs: str, seconds: float = 120) -> list[dict[str, str]]:
+    def wait_for_end(self, *jobs: str, seconds: float = 300) -> list[dict[str, str]]:
         """The facts of each job, once it has ended for good."""
-        self._wait_for(
+        self.wait_until(
             f"the end of jobs {jobs}",
             lambda: all(self.facts(job)["JobState"] in ENDED for job in jobs),
             seconds,
         )
         return [self.facts(job) for job in jobs]
 
-    def wait_for_restart(self, job: str, restarts: int, seconds: float = 90) -> None:
+    def wait_for_restart(self, job: str, restarts: int, seconds: float = 300) -> None:
         """Wait until the job runs, having been requeued `restarts` times."""
 
         def has_restarted() -> bool:
             facts = self.facts(job)
             return facts["JobState"] == "RUNNING" and facts["Restarts"] == str(restarts)
 
-        self._wait_for(f"restart {restarts} of job {job}", has_restarted, seconds)
+        self.wait_until(f"restart {restarts} of job {job}", has_restarted, seconds)
+
+    def wait_until(self, what: str, is_there: Callable[[], bool], seconds: float = 120) -> None:
+        """Poll until `is_there`. Raises TimeoutError, with what the daemons said last."""
+        end = time.monotonic() + seconds
+        while not is_there():
+            if time.monotonic() > end:
+                logs = "".join(f"\n--- {name}\n{self._log(name)[-1000:]}" for name in self.boxes)
+                raise TimeoutError(f"{what}: not after {seconds} s{logs}")
+            time.sleep(0.2)
 
     def lose_and_reboot(self, node: str) -> None:
-        """Kill a machine with everything that runs on it, then start it again."""
+        """Kill a machine with everything that runs on it, and start it again; it takes jobs after `resume`."""
         box = self.boxes.pop(node)
         box.kill()
         box.wait()
         self._start_box(node, f"slurmd -b -D -N {node}")  # -b: says that it has rebooted
+
+    def resume(self, node: str) -> None:
+        """What an administrator does when a machine is well again."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def _start_box(self, name: str, command: str) -> None:
         setup = f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec {command}"
@@ -187,11 +207,3 @@ class Cluster:
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()
-
-    def _wait_for(self, what: str, is_there: Callable[[], bool], seconds: float = 30) -> None:
-        end = time.monotonic() + seconds
-        while not is_there():
-            if time.monotonic() > end:
-                logs = "".join(f"\n--- {name}\n{self._log(name)[-1000:]}" for name in self.boxes)
-                raise TimeoutError(f"{what}: not after {seconds} s{logs}")
-            time.sleep(0.2)
