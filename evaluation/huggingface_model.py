@@ -109,7 +109,11 @@ def load_exported_model(folder: Path) -> ExportedModel:
                 f"{folder}: no {name} there; --model must be a folder written by megatron_to_hf.py"
             )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+        folder,
+        trust_remote_code=True,
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
     )
     if not hasattr(model, "forward_world_model"):
         raise UserError(

@@ -150,6 +150,7 @@ def locate_parts(checkpoint: Path, wanted: Iterable[str] | None = None) -> dict[
     current, description = checkpoint, read_description(checkpoint)
     places = dict.fromkeys(description.parts, checkpoint)
     sought = {name.split(".")[0] for name in description.fingerprints} if wanted is None else set(wanted)
+    seen = {checkpoint.resolve()}
     while missing := sorted(sought - places.keys()):
         start = start_of(current, description)
         if start is None:
@@ -159,6 +160,11 @@ def locate_parts(checkpoint: Path, wanted: Iterable[str] | None = None) -> dict[
                 f"{current}: takes {', '.join(missing)} from {start}, which it started from and which holds no "
                 "checkpoint any more; bring it back, or use a checkpoint saved with checkpoint.self_contained"
             )
+        if start in seen:
+            raise UserError(
+                f"{current}: starts from itself, by way of {start}; its {DESCRIPTION_FILE} is wrong"
+            )
+        seen.add(start)
         current, description = start, read_description(start)
         places |= {part: start for part in description.parts if part not in places}
     return places

@@ -14,12 +14,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.errors import UserError
 from pretrain.checkpoint_folder import locate_parts, read_description
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import make_loadable
+from pretrain.safe_pickle import refuse_foreign_code
 
 # Optimizer state by parameter, not by rank, so that another layout of ranks can load it.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -117,9 +119,18 @@ def load_optimizer(
 
 
 def _load(requested: dict[str, Any], folder: Path) -> dict[str, Any]:
+    refuse_foreign_code(folder)
     try:
         return dist_checkpointing.load(requested, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
+    except (
+        CheckpointException,
+        CheckpointingException,
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -154,7 +154,7 @@ def _with_plain_errors(
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
-    """A scheduler signals every process of a job; a loader that dies of it takes its rank along before that has saved."""
+    """A scheduler signals every process of a job; a loader that dies of it takes its rank along, unsaved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

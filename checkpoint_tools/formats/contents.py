@@ -162,7 +162,9 @@ def _open_checkpoint(path: Path) -> _Source:
 def _chain(checkpoint: Path) -> Iterator[tuple[Path, CheckpointDescription | None]]:
     """`checkpoint`, what it started from, and so on; where one is gone (None), so are those before it."""
     folder: Path | None = checkpoint
-    while folder is not None:
+    seen: set[Path] = set()
+    while folder is not None and folder not in seen:  # not for ever, whatever it says
+        seen.add(folder)
         description = read_description(folder) if is_checkpoint(folder) else None
         yield folder, description
         folder = start_of(folder, description) if description else None

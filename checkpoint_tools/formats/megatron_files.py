@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -57,6 +57,7 @@ from pretrain.fingerprint import fingerprint_tensors
 from pretrain.model.cola import ColaModel
 from pretrain.model.kernels import local_name
 from pretrain.parallel import parallel_context
+from pretrain.safe_pickle import read_metadata
 
 # A parameter as Megatron stores it: one tensor, or several made from it.
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -234,10 +235,7 @@ class _WeightsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self._metadata = FileSystemReader(folder).read_metadata()
-        except FileNotFoundError:
-            raise UserError(f"{folder}: no Megatron checkpoint there (.metadata is missing)") from None
+        self._metadata = read_metadata(folder)
 
     def facts_of(self, entry: Entry) -> TensorFacts:
         """Shape of the parameter and type that it has here."""

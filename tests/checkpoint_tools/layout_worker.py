@@ -1,54 +1,43 @@
 """Loads imported checkpoints as the trainer does, under a layout of ranks, and saves them again from there.
 
-    python layout_worker.py OUTPUT RUN...
-
-Writes OUTPUT/<layout>/<run>/checkpoints/step_00000000 for layouts of TP {1, 2} x PP {1, 2}, each on forked ranks.
+Started by tests/checkpoint_tools/test_hf_to_megatron.py, with the folders OUTPUT RUN...; writes
+OUTPUT/<layout>/<run>/checkpoints/step_00000000 for layouts of TP {1, 2} x PP {1, 2}, each on forked ranks.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
 import json
-import multiprocessing
-import os
 import shutil
 import sys
+import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 from pretrain import cpu_redirects
 
 cpu_redirects.apply()
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER
 from pretrain.checkpoint_folder import read_description, resolve_checkpoint, step_folder
+from pretrain.checkpoint_writer import BACKEND, BACKEND_VERSION, WriterProcess, Written, plan_folder
 from pretrain.checkpointing import load_checked, sharded_weights
 from pretrain.config import ParallelConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext, parallel_context
 from pretrain.recipes import recipe_fields, recipe_from_fields
+from tests.forked_ranks import run_ranks
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
+WRITE_SECONDS = 60
 
 
-def run_rank(rank: int, tensor: int, pipeline: int, runs: list[Path], output: Path) -> None:
+def run_rank(tensor: int, pipeline: int, runs: list[Path], output: Path) -> None:
     """One rank of a layout, through all runs."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tensor * pipeline)}
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{output}/rendezvous",
-        rank=rank,
-        world_size=tensor * pipeline,
-        timeout=timedelta(seconds=60),
-    )
     with parallel_context(tensor, 0, pipeline) as context:
         for run in runs:
             save_under_layout(context, run, output / run.name)
-    dist.destroy_process_group()
 
 
 def save_under_layout(context: ParallelContext, run: Path, output: Path) -> None:
@@ -66,7 +55,7 @@ def save_under_layout(context: ParallelContext, run: Path, output: Path) -> None
     load_checked(model, parts, checkpoint)
     weights.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(sharded_weights(model, parts), str(weights))
+    write_weights(context, model, parts, weights.parent)
     held = [0] * context.world_size
     dist.all_gather_object(held, sum(p.numel() for p in model.parameters()))
     if dist.get_rank() == 0:
@@ -76,22 +65,26 @@ def save_under_layout(context: ParallelContext, run: Path, output: Path) -> None
         (weights.parent / "cola.json").write_text(json.dumps({**fields, "recipe": recipe_fields(recipe)}))
 
 
+def write_weights(
+    context: ParallelContext, model: ColaModel, parts: tuple[str, ...], checkpoint: Path
+) -> None:
+    """The weights of a checkpoint as the trainer writes them, without an optimizer beside them. Collective."""
+    plan = plan_folder(sharded_weights(model, parts), checkpoint, "weights", context.is_first_rank)
+    process = WriterProcess([plan], checkpoint, WRITE_SECONDS)
+    while process.poll():
+        time.sleep(0.02)
+    assert process.written is not None, process.failure
+    shares: list[Written | None] = [None] * context.world_size
+    dist.all_gather_object(shares, process.written)
+    if context.is_first_rank:
+        plan.writer.finish(plan.metadata, [share.results[0] for share in shares if share is not None])
+        save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(checkpoint / "weights"))
+
+
 def main() -> None:
     """All layouts, one after another."""
     output, runs = Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]
-    fork = multiprocessing.get_context("fork")
     for tensor, pipeline in LAYOUTS:
         place = output / f"tp{tensor}_pp{pipeline}"
         place.mkdir()
-        arguments = [(rank, tensor, pipeline, runs, place) for rank in range(tensor * pipeline)]
-        ranks = [fork.Process(target=run_rank, args=each) for each in arguments]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise SystemExit(f"{place}: exit codes {[process.exitcode for process in ranks]}")
-
-
-if __name__ == "__main__":
-    main()
+        run_ranks(tensor * pipeline, place / "rendezvous", run_rank, tensor, pipeline, runs, place)

@@ -20,8 +20,8 @@ from checkpoint_tools.hf_to_megatron import ImportConfig, import_model, main
 from checkpoint_tools.megatron_to_hf import ExportConfig, export
 from data_prep.errors import UserError, run_cli
 from tests.checkpoint_tools.random_bases import FAMILIES, VOCAB_SIZE, published_folder, random_base
+from tests.forked_ranks import start_program
 
-WORKER = Path(__file__).with_name("layout_worker.py")
 LAYOUTS = ["one_rank", "tp2_pp1", "tp1_pp2", "tp2_pp2"]
 # What goes through every layout: each family, RoPE scaling, biases, tied embeddings, head sizes; and the whole of CoLA.
 RESAVED = ["llama31", "llama32", "mistral", "qwen25_tied", "published"]
@@ -56,9 +56,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Path:
 def resaved(tmp_path_factory: pytest.TempPathFactory, imported: Path) -> Path:
     """Loaded and saved again by the trainer's own code under every layout."""
     folder = tmp_path_factory.mktemp("resaved")
-    command = [sys.executable, str(WORKER), str(folder), *(str(imported / name) for name in RESAVED)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    start_program("tests.checkpoint_tools.layout_worker", folder, *(imported / name for name in RESAVED))
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
+from tests.pretend_secrets import files_with_secrets, pretend_secrets
 from tests.pretrain.tiny_runs import STARTS, tiny_recipe, train_in_process
 
 SEQUENCE_LENGTH = 512
@@ -57,7 +58,13 @@ def export(run: Path, output: Path, **options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(runs / "policy", tmp_path_factory.mktemp("export") / "hf")
+    with pretend_secrets():
+        return export(runs / "policy", tmp_path_factory.mktemp("export") / "hf")
+
+
+def test_an_export_holds_no_secret(folder: Path) -> None:
+    """Of the environment that it was made in; the twin is in tests/test_security.py."""
+    assert not files_with_secrets(folder)
 
 
 @pytest.fixture

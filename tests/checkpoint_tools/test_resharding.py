@@ -1,26 +1,19 @@
 """A checkpoint is the same on every layout of ranks, and one written a tensor at a time is as good as the trainer's.
 
-    python test_resharding.py FOLDER
-
-is the other half of this file, which the tests start once: four forked ranks load what was streamed on every layout
-of two by two, and save on the largest.
+The other half of this file is a program that the tests start once: four forked ranks load what was streamed on every
+layout of two by two, and save on the largest.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
 import json
-import multiprocessing
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -30,14 +23,14 @@ from pretrain import cpu_redirects
 cpu_redirects.apply()
 
 from checkpoint_tools.formats.megatron_files import MegatronWeights, model_entries, write_weights
-from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
+from pretrain import checkpoint_folder, checkpointing
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, make_loadable, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, parallel_context
-from tests.pretrain.tiny_runs import UNLIKE_SIZES, tiny_recipe
+from tests.forked_ranks import run_ranks, start_program
+from tests.pretrain.tiny_runs import UNLIKE_SIZES, save_now, tiny_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP = 7
 PARTS = ("base", "idm", "world_model", "policy")
 SAVED = (2, 2)
@@ -78,9 +71,15 @@ def save(config: RunConfig, context: ParallelContext, weights: Path | None) -> N
         randomise(model)
     optimizer = build_optimizer(config, wrap_for_data_parallel(model, context))
     make_loadable(optimizer)  # gives it a state without a step
-    origin = checkpoint_saving.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
-    fingerprints = checkpointing.model_fingerprints(model, PARTS)
-    checkpoint_saving.save(config, model, optimizer, ("policy",), STEP, origin, fingerprints)
+    save_now(
+        config,
+        context,
+        step=STEP,
+        model=model,
+        optimizer=optimizer,
+        trained_parts=("policy",),
+        fingerprints=checkpointing.model_fingerprints(model, PARTS),
+    )
 
 
 def randomise(model: ColaModel) -> None:
@@ -125,12 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stream(checkpoint_of(folder, "one_rank"), folder / "streamed")
     shutil.copytree(folder / "streamed", folder / "damaged")
     flip_a_bit(folder / "damaged", "policy.head.weight")
-    subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
+    start_program("tests.checkpoint_tools.test_resharding", folder)
     return folder
 
 
@@ -218,39 +212,19 @@ def load_report(config: RunConfig, context: ParallelContext, checkpoint: Path) -
         return str(error)
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    """One of the four ranks, from rendezvous to the end."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=4,
-        timeout=timedelta(seconds=120),
-    )
+def run_rank(folder: Path) -> None:
+    """One of the four ranks, through all layouts."""
     for tensor, pipeline in LAYOUTS:
         with parallel_context(tensor, seed=0, pipeline_parallel_size=pipeline) as context:
             config = recipe_of(folder / "four_ranks", tensor, pipeline)
             report = {name: load_report(config, context, folder / name) for name in ("streamed", "damaged")}
-            if rank == 0:
+            if context.is_first_rank:
                 (folder / f"tp{tensor}_pp{pipeline}.json").write_text(json.dumps(report))
             if (tensor, pipeline) == SAVED:
                 save(config, context, checkpoint_of(folder, "one_rank"))
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    """Fork the ranks, so that Megatron is imported once."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, Path(sys.argv[1]))) for rank in range(4)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    codes = [process.exitcode for process in ranks]
-    if any(codes):
-        raise SystemExit(f"exit codes {codes}")
-
-
-if __name__ == "__main__":
-    main()
+    """The program that the tests start."""
+    folder = Path(sys.argv[1])
+    run_ranks(4, folder / "rendezvous", run_rank, folder)

@@ -222,6 +222,16 @@ def test_a_start_that_is_gone_is_said_to_be(runs: Path, tmp_path: Path) -> None:
     assert {values.check for values in values_by_name(shown).values()} == {"ok"}
 
 
+def test_a_checkpoint_that_starts_from_itself_is_shown(runs: Path, tmp_path: Path) -> None:
+    """Such a one is not ours, and must not keep the command busy for ever."""
+    shutil.copytree(runs / "base", tmp_path / "base")
+    checkpoint = find_checkpoints(tmp_path / "base")[-1]
+    described = json.loads((checkpoint / "cola.json").read_text())
+    described["start_from"] = str(checkpoint.relative_to(tmp_path / "base"))
+    (checkpoint / "cola.json").write_text(json.dumps(described))
+    assert show(checkpoint).head["start_from"] == []
+
+
 def test_layers_are_folded_by_number(runs: Path) -> None:
     """Those of one shape become one row; a layer of another shape keeps its own."""
     shown = show(runs / "base")

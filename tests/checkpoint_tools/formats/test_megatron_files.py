@@ -1,11 +1,13 @@
 """Checkpoints written a tensor at a time: what is read back, what a full disk and a damaged file say."""
 
 import errno
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from checkpoint_tools.formats.megatron_files import (
     DATA_FILE,
@@ -17,6 +19,8 @@ from checkpoint_tools.formats.megatron_files import (
 )
 from checkpoint_tools.formats.tensor_reader import TensorFacts
 from data_prep.errors import UserError
+from pretrain.safe_pickle import METADATA_FILE
+from tests.pretrain.make_folder import MakeFolder
 from tests.pretrain.tiny_runs import tiny_recipe
 
 
@@ -68,3 +72,21 @@ def test_a_truncated_file_is_refused(entries: Entries, tmp_path: Path) -> None:
 def test_a_folder_without_contents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no Megatron checkpoint there"):
         _WeightsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_code_of_a_checkpoint_is_not_run(entries: Entries, tmp_path: Path, checked: bool) -> None:
+    """The fault twin, torch's own reader, runs it."""
+    folder, canary = tmp_path / "weights", tmp_path / "canary"
+    folder.mkdir()
+    write_weights(folder, entries, Weights(entries), "write")
+    file = folder / METADATA_FILE
+    described = pickle.loads(file.read_bytes())
+    described.planner_data = MakeFolder(canary)
+    file.write_bytes(pickle.dumps(described))
+    if checked:
+        with pytest.raises(UserError, match=r"\.metadata: would have os.makedirs called"):
+            _WeightsFolder(folder)
+    else:
+        FileSystemReader(folder).read_metadata()
+    assert canary.exists() is not checked
