@@ -115,10 +115,9 @@ def training_step(
     if stage in STAGE_BEFORE:
         overrides += ["--start-from", str(folder / STAGE_BEFORE[stage])]
     last_step = load_recipe(recipe, overrides).training.steps
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return Step(
         name=name or f"train {stage}",
-        command=(*launcher, "-m", "pretrain.train", str(recipe), *overrides),
+        command=("-m", "pretrain.launch", "--ranks-per-node", str(ranks), str(recipe), *overrides),
         target=run_folder,
         # This file is what makes a checkpoint complete.
         outputs=(f"{run_folder.name}/checkpoints/step_{last_step:08d}/cola.json",),

@@ -25,9 +25,8 @@ from demo.progress import ProgressDisplay, copy_output
 from demo.step_state import PlannedStep, Step, StepRecord, StepState, hash_outputs, missing_outputs
 
 LOG_TAIL_LINES = 20
-# torchrun gives its workers 30 s to end before it kills them; it gets that time before it is killed itself.
-STOP_GRACE_SECONDS = 40.0
-_REASON = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(?<!ChildFailed)(Error|Exception): )")
+STOP_GRACE_SECONDS = 60.0  # in which training saves
+_REASON = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception): )")
 _FLAGS = {"run": [], "run anew": ["--overwrite"], "resume": ["--resume"]}
 
 
@@ -181,7 +180,7 @@ def _stop_signals_raise() -> Iterator[None]:
 def _failure_message(step: Step, why: str, log_path: Path) -> str:
     lines = log_path.read_text(errors="replace").splitlines()
     tail = lines[-LOG_TAIL_LINES:]
-    # torchrun ends with a page about itself; what its workers said stands above it.
+    # A page of warnings may follow what went wrong.
     reasons = [line for line in dict.fromkeys(lines) if _REASON.match(line) and line not in tail]
     shown = "\n".join(f"    {line}" for line in [*tail, *reasons[-LOG_TAIL_LINES:]])
     return f"{shown}\nerror: step '{step.name}' failed ({why}); its whole output: {log_path}"

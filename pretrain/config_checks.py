@@ -96,7 +96,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if min(tensor_size, pipeline_size) < 1 or world_size % (tensor_size * pipeline_size):
         yield (
             f"parallel.tensor_parallel_size: {tensor_size} x parallel.pipeline_parallel_size {pipeline_size} does not "
-            f"divide the {world_size} ranks launched; change them or torchrun's --nproc-per-node"
+            f"divide the {world_size} ranks launched; change them or the launcher's --ranks-per-node"
         )
         return
     shared = {

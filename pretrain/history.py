@@ -51,8 +51,12 @@ class History:
 
 
 def read_history(run_folder: Path) -> list[Event]:
-    """All events, oldest first; lines that a crash cut short are left out."""
-    path = run_folder / HISTORY_FILE
+    """All events of a run, oldest first."""
+    return read_events(run_folder / HISTORY_FILE)
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events in a file of such lines; those that a crash cut short are left out."""
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

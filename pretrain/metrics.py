@@ -6,6 +6,7 @@ Shapes: A actions.
 import json
 import math
 import resource
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data_prep.output_files import write_text_whole
+from data_prep.output_files import append_line, write_text_whole
 from pretrain.bad_steps import BadStepError
 from pretrain.checkpoint_folder import LoopState
 from pretrain.config import METRICS_FILE, RunConfig
@@ -23,6 +24,7 @@ from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields
 from pretrain.stages.contract import StageLoss
 
+WANDB_ID_FILE = "wandb_id.txt"
 # Metrics beside the progress bar, by the short name they have there.
 SHOWN_ON_TERMINAL = {
     "loss": "loss",
@@ -148,6 +150,7 @@ class MetricsWriter:
         if not self.active:
             return
         self.path = config.run_folder / METRICS_FILE
+        self._unwritten: list[str] = []
         drop_lines_after(self.path, first_step)
         self.wandb_run = _start_wandb(config)
         print(f"{config.stage}: TFLOP/s are over all ranks and count {CONVENTION}", flush=True)
@@ -160,9 +163,20 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         if self.active:
+            self._write_lines()
             self.bar.close()
             if self.wandb_run is not None:
                 self.wandb_run.finish()
+
+    def _write_lines(self) -> None:
+        """Write what there is; while the disk is full, it waits for the next line."""
+        try:
+            while self._unwritten:
+                append_line(self.path, self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            waiting = len(self._unwritten)
+            print(f"warning: {self.path}: {error.strerror}; {waiting} line(s) wait to be written", flush=True)
 
     def step_done(self) -> None:
         """Move the progress bar on by one step."""
@@ -173,8 +187,8 @@ class MetricsWriter:
         """Append one line; `line` holds step, stage, split and the metrics."""
         if not self.active:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._unwritten.append(json.dumps(line))
+        self._write_lines()
         if self.wandb_run is not None:
             scalars = {f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
             self.wandb_run.log(scalars, step=int(line["step"]))  # type: ignore[arg-type]
@@ -212,9 +226,20 @@ def _start_wandb(config: RunConfig):  # type: ignore[no-untyped-def]  # wandb is
 
     return wandb.init(
         project="cola-pretrain",
+        id=wandb_run_id(config.run_folder),
+        resume="allow",
         name=str(config.run_folder),
         dir=config.run_folder,
         mode="online" if config.logging.wandb == "auto" and wandb.login(prompt=False) else "offline",
         config=recipe_fields(config),
-        settings=wandb.Settings(silent=True, console="off"),
+        # Without "meta", which has the command line in it; environment.json says the same, without secrets.
+        settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
     )
+
+
+def wandb_run_id(run_folder: Path) -> str:
+    """The one id that the run has in wandb, over all its starts; made at the first and kept in the run folder."""
+    path = run_folder / WANDB_ID_FILE
+    if not path.exists():
+        write_text_whole(path, secrets.token_hex(8) + "\n")
+    return path.read_text().strip()

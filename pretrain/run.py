@@ -1,6 +1,5 @@
 """Put a run together: check, prepare the run folder, build, load, and hand over to the loop."""
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from pretrain.config import CONFIG_FILE, LOGS_FOLDER, METRICS_FILE, RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.cpu_redirects import use_deterministic_kernels
 from pretrain.data import build_datasets
+from pretrain.environment import git_revision, write_environment
 from pretrain.hang_watch import HangWatch
 from pretrain.history import History
 from pretrain.metrics import last_logged_step
@@ -29,6 +29,7 @@ from pretrain.plan import print_plan
 from pretrain.recipes import dump_recipe, parse_recipe
 from pretrain.resume import newest_whole
 from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs, refuse
+from pretrain.run_logs import job_name
 from pretrain.stages.registry import stage_class
 from pretrain.start_up import StartUp
 from pretrain.train_loop import BEGINNING, Position, TrainLoop
@@ -122,7 +123,8 @@ def _train_to_the_end(
         from_step=begin.step,
         lost_steps=lost_steps,
         ranks=context.world_size,
-        job=os.environ.get("SLURM_JOB_ID"),
+        job=job_name(),
+        revision=git_revision(),
     )
     roll_backs = 0
     while True:
@@ -208,6 +210,7 @@ def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     config.run_folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(config.run_folder / CONFIG_FILE, dump_recipe(config))
+    write_environment(config.run_folder)
 
 
 def build_loop(

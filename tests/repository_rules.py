@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # A folder imports only from folders to its left.
-LAYERS = ("data_prep", "pretrain", "checkpoint_tools", "evaluation", "demo", "benchmarks")
+LAYERS = ("data_prep", "pretrain", "checkpoint_tools", "evaluation", "demo", "benchmarks", "soak")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # The redirects must stand before Megatron is imported.

@@ -69,7 +69,7 @@ def test_training_starts_from_the_stage_before(steps: list[Step]) -> None:
     assert "--start-from" not in training["train base"]
     assert training["train idm"]["--start-from"] == "somewhere/base"
     assert training["train policy"]["--start-from"] == "somewhere/idm"
-    assert {flags["--nproc-per-node"] for flags in training.values()} == {"2"}
+    assert {flags["--ranks-per-node"] for flags in training.values()} == {"2"}
 
 
 def test_a_training_step_is_finished_with_its_last_checkpoint(steps: list[Step]) -> None:

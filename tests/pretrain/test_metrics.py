@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import RunConfig
-from pretrain.metrics import MeanOfSteps, MetricsWriter, action_usage, drop_lines_after, peak_memory_gib
+from pretrain.metrics import (
+    WANDB_ID_FILE,
+    MeanOfSteps,
+    MetricsWriter,
+    action_usage,
+    drop_lines_after,
+    peak_memory_gib,
+)
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import StageLoss
 from tests.pretrain.tiny_runs import tiny_recipe
@@ -155,6 +162,20 @@ def test_without_a_login_wandb_keeps_the_run_on_disk(
         with MetricsWriter(config, context, 0) as writer:
             writer.write({"step": 1, "split": "train", "loss": 1.0})
         assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == runs
+
+
+def test_wandb_has_one_run_over_all_starts(tmp_path: Path, context: ParallelContext) -> None:
+    """Its id lies in the run folder: where it is taken away, as with --overwrite, another run begins."""
+    config = tiny_recipe("base", tmp_path, Path("data"), logging={"wandb": "offline"})
+    ids = []
+    for start in range(3):
+        if start == 2:
+            (tmp_path / WANDB_ID_FILE).unlink()
+        with MetricsWriter(config, context, 0) as writer:
+            assert writer.wandb_run is not None
+            ids.append(writer.wandb_run.id)
+    assert ids[0] == ids[1] != ids[2]
+    assert (tmp_path / WANDB_ID_FILE).read_text() == f"{ids[2]}\n"
 
 
 def test_only_the_first_rank_writes(tmp_path: Path, context: ParallelContext) -> None:
