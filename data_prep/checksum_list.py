@@ -28,8 +28,8 @@ def read_checksum_list(path: Path, digits: int = CHECKSUM_DIGITS) -> dict[str, s
         UserError: a line is not `digits` hex digits and a name, or the name leads out of the folder.
     """
     sums = {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         match = LIST_LINE.fullmatch(line)
         if not match or len(match["sum"]) != digits:
             raise UserError(f"{path}: line {number} is not {digits} hex digits and a file name")

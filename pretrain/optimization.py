@@ -1,6 +1,8 @@
 """Megatron's DDP, distributed AdamW and learning-rate schedule for the trained parts."""
 
 import math
+import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,6 +28,22 @@ NO_WEIGHT_DECAY = "*codebook*"
 _NO_TENSOR_HERE = "no trained tensor on this rank"
 
 
+class ReleasableDataParallel(DistributedDataParallel):
+    """Megatron's DDP, which is freed when nobody needs it any more.
+
+    Megatron's hooks hold the wrapper from within torch's C++, where Python's garbage collector does not see the cycle:
+    model, gradient buffers and process groups, with all their threads, would stay for as long as the process.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        wrapper, parameter = weakref.ref(self), weakref.ref(param)
+
+        def hook(*unused: object) -> None:
+            DistributedDataParallel._make_backward_post_hook(wrapper(), parameter())(*unused)
+
+        return hook
+
+
 def wrap_for_data_parallel(model: ColaModel, context: ParallelContext) -> DistributedDataParallel:
     """Gradient buffers and reduction for the tensors that require gradients; frozen ones stay outside.
 
@@ -33,7 +51,7 @@ def wrap_for_data_parallel(model: ColaModel, context: ParallelContext) -> Distri
     gathered from the start of the next step on (`DistributedDataParallel.start_param_sync`), all buckets at once.
     """
     overlap = context.data_parallel_size > 1
-    return DistributedDataParallel(
+    return ReleasableDataParallel(
         config=get_model_config(model),
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

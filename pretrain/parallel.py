@@ -3,6 +3,7 @@
 Everything else receives a `ParallelContext`. gloo serves CPU ranks, NCCL serves GPUs.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ def parallel_context(
             device=cpu_redirects.training_device(),
         )
     finally:
+        gc.collect()  # models hold their groups, and groups threads
         parallel_state.destroy_model_parallel()
         if starts_process_group:
             dist.destroy_process_group()

@@ -78,13 +78,13 @@ def _report(
     for checkpoint, damage in damaged:
         aside = checkpoint.with_name(checkpoint.name + DAMAGED_SUFFIX)
         shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
         history.record(
             "fell_back",
             step=read_step(checkpoint),
             reason=damage,
             to_step=None if instead is None else read_step(instead),
         )
+        checkpoint.rename(aside)
         print(
             f"warning: {checkpoint} is damaged: {damage}; it is now {aside.name}, and training goes on from "
             f"{'nothing' if instead is None else instead.name}",

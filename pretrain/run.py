@@ -1,5 +1,6 @@
 """Put a run together: check, prepare the run folder, build, load, and hand over to the loop."""
 
+import gc
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,8 @@ def _train_to_the_end(
             newest_before, newest = newest, newest_whole(config.run_folder, context, history)
             roll_backs = roll_backs + 1 if newest == newest_before else 1
             begin = _roll_back(config, error, newest, roll_backs, context, history)
-        del loop  # before the next one, which needs its memory
+        del loop
+        gc.collect()  # before the next one, which needs its memory
 
 
 def _position(checkpoint: Path | None) -> Position:

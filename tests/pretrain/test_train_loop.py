@@ -1,5 +1,7 @@
 """Steps with a non-finite loss or gradient are never moved on; reruns are equal; the base may run in any groups."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import pytest
 import torch
 
 from data_prep.errors import TrainingError
+from pretrain import optimization
 from pretrain.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import RunConfig
+from pretrain.model.cola import ColaModel
 from pretrain.stages.base import BaseStage
 from pretrain.stages.contract import StageLoss
 from tests.pretrain.tiny_runs import metrics, series, tiny_recipe, train_in_process
@@ -140,3 +144,22 @@ def test_loader_processes_give_the_same_samples(tmp_path: Path, tiny_blend: Path
         losses[name] = series(tmp_path / name, "loss")
     assert (losses["none"] == losses["two"]).all()
     assert (losses["none"] != losses["twin"]).all()
+
+
+@pytest.mark.parametrize("wrapper", ["ReleasableDataParallel", "DistributedDataParallel"])
+def test_a_model_that_was_trained_is_freed(
+    tmp_path: Path, tiny_blend: Path, monkeypatch: pytest.MonkeyPatch, wrapper: str
+) -> None:
+    """So that a roll-back has its memory. In Megatron's own wrapper, the twin, it stays for good."""
+    monkeypatch.setattr(optimization, "ReleasableDataParallel", getattr(optimization, wrapper))
+    is_there = []
+    forward = ColaModel.forward
+
+    def seen(self: ColaModel, *arguments: Any) -> Any:
+        is_there.append(weakref.ref(self))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(ColaModel, "forward", seen)
+    train_in_process(recipe(tmp_path / "run", tiny_blend, steps=1))
+    gc.collect()
+    assert (is_there[0]() is None) == (wrapper == "ReleasableDataParallel")
