@@ -18,6 +18,9 @@ ENVIRONMENT = {
 }
 
 
+SLURM = "tests/slurm/"  # where the tests share one cluster
+
+
 class NetworkUseError(Exception):
     """A test reached for the network; not an OSError, which libraries take for a passing failure."""
 
@@ -27,8 +30,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(ENVIRONMENT)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, so that what their tests share is made once; and one of them all of Slurm's."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return SLURM if path.startswith(SLURM) else path
+
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no GPU."""
+    """Slurm's tests first, since they take longest; skip tests marked `gpu` where there is no GPU."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

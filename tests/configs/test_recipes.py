@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from pretrain.config_checks import find_problems
 from pretrain.plan import find_plan_problems
 from pretrain.planning.parameters import parameters_by_part
 from pretrain.recipes import load_recipe
+from pretrain.train import main
+from tests.command_lines import run_here
 from tests.repository_rules import ROOT, tracked_files
 
 RECIPES = [path for path in tracked_files(".yaml") if path.parts[0] == "configs"]
@@ -137,10 +138,9 @@ def test_a_misspelt_field_is_refused(tmp_path: Path) -> None:
 
 
 def _run_trainer(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The demo's first recipe through the real entry point, without its data."""
+    """The demo's first recipe through the entry point, without its data."""
     overrides = ["--data.path", str(folder / "nothing"), "--run-folder", str(folder / "run"), *arguments]
-    command = [sys.executable, "-m", "pretrain.train", "configs/demo_base.yaml", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_here(main, "configs/demo_base.yaml", *overrides)
 
 
 def test_the_command_line_names_what_keeps_a_recipe_from_running(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Shared by tests/pretrain/test_layouts.py and the worker it launches; imports neither torch nor Megatron.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.config import RunConfig
@@ -43,6 +43,12 @@ class Layout:
         return f"tp{self.tensor}{'_sp' if self.sequence else ''}_pp{self.pipeline}_dp{self.data}"
 
 
+# Every two sizes meet here: each TP with each PP, and each DP with each TP and each PP.
+OF_ALL_STAGES = ("tp1_pp1_dp2", "tp1_pp2_dp1", "tp1_pp4_dp2",
+                 "tp2_pp1_dp1", "tp2_pp2_dp2", "tp2_pp4_dp1",
+                 "tp2_sp_pp1_dp2", "tp2_sp_pp2_dp1", "tp2_sp_pp4_dp1")  # fmt: skip
+
+
 def _matrix() -> dict[str, Layout]:
     layouts = {}
     for tensor, sequence in ((1, False), (2, False), (2, True)):
@@ -50,12 +56,18 @@ def _matrix() -> dict[str, Layout]:
             for data in (1, 2):
                 cuts = tuple(FOUR_STAGES.items()) if pipeline == 4 else ()
                 layout = Layout(tensor, pipeline, data, sequence, layouts=cuts)
+                if layout.name not in OF_ALL_STAGES:
+                    layout = replace(layout, stages=("idm",))
                 layouts[layout.name] = layout
     return layouts
 
 
 LAYOUTS = {name: layout for name, layout in _matrix().items() if layout.ranks > 1}
-"""All of TP {1, 2, 2 with SP} x PP {1, 2, 4} x DP {1, 2}."""
+"""All of TP {1, 2, 2 with SP} x PP {1, 2, 4} x DP {1, 2}: for the IDM, which has most to go wrong, and of the other
+stages for `OF_ALL_STAGES`."""
+
+TRAINED = [(stage, name) for name, layout in LAYOUTS.items() for stage in layout.stages]
+"""Which stages train under which layout."""
 
 SAVED = "tp2_sp_pp2_dp1"
 """The layout whose checkpoints one rank goes on from."""

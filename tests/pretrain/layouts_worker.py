@@ -1,17 +1,12 @@
 """Every stage under every layout, then with faults; each layout is a set of forked processes, one a rank.
 
-    python layouts_worker.py DATA REFERENCE_RUNS OUTPUT
-
-Forked, so that Megatron is imported once; new for each layout, since gloo keeps the threads of every group it made.
+Started by tests/pretrain/test_layouts.py, with the folders DATA REFERENCE_RUNS OUTPUT. The ranks are new for each
+layout, since gloo keeps the threads of every group it made.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 from pretrain import cpu_redirects
@@ -29,6 +24,7 @@ from pretrain.model.norm import RmsNorm
 from pretrain.model.trunk import LlamaTrunk
 from pretrain.run import train
 from pretrain.train_loop import TrainLoop
+from tests.forked_ranks import run_ranks
 from tests.pretrain.layouts import FAULTS, LAYOUTS, SAVED, Layout, layout_recipe
 
 WHOLE_NOISE = pretrain.stages.idm.gumbel_noise
@@ -38,40 +34,18 @@ WHOLE_HIDDEN = LlamaTrunk.hidden
 
 
 def train_layout(name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
-    """Train the layout's stages on forked ranks; raises if one fails."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=run_rank, args=(rank, name, layout, data, reference, output))
-        for rank in range(layout.ranks)
-    ]
-    for process in ranks:
-        process.start()
-    while any(process.is_alive() for process in ranks):
-        if any(process.exitcode for process in ranks):
-            for process in ranks:
-                process.terminate()
-        time.sleep(0.05)
-    if any(process.exitcode for process in ranks):
-        raise SystemExit(f"{name}: exit codes {[process.exitcode for process in ranks]}")
+    """Train the layout's stages on forked ranks."""
+    run_ranks(layout.ranks, output / f"rendezvous_{name}", run_rank, name, layout, data, reference, output)
 
 
-def run_rank(rank: int, name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
-    """One rank of a layout, from rendezvous to the end of its last stage."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.ranks)}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{output}/rendezvous_{name}",
-        rank=rank,
-        world_size=layout.ranks,
-        timeout=timedelta(seconds=120),
-    )
+def run_rank(name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
+    """One rank of a layout, through its stages."""
     for stage in layout.stages:
         train(
             layout_recipe(layout, stage, output / name / stage, data, reference),
             resume=False,
             overwrite=False,
         )
-    dist.destroy_process_group()
 
 
 def noise_by_rank(seed: int, *arguments: object) -> torch.Tensor:
@@ -153,16 +127,16 @@ def with_fault(fault: str, run: Callable[[], None]) -> None:
         setattr(place, name, whole)
 
 
+def train_without_saving(loop: TrainLoop, step: int, last: bool, asked_to_stop: bool) -> None:
+    """Instead of `TrainLoop.save_or_stop`, since saving takes longer than the training."""
+
+
 def main() -> None:
-    """All layouts and faults in one launch; but for one nothing is saved, which takes longer than the training."""
+    """All layouts and faults in one launch; only one of them saves."""
     data, reference, output = (Path(argument) for argument in sys.argv[1:4])
-    save = TrainLoop.save
+    saving = TrainLoop.save_or_stop
     for name, layout in LAYOUTS.items():
-        TrainLoop.save = save if name == SAVED else lambda self, step: None  # type: ignore[method-assign]
+        TrainLoop.save_or_stop = saving if name == SAVED else train_without_saving  # type: ignore[assignment,method-assign]
         train_layout(name, layout, data, reference, output)
     for name, layout in FAULTS.items():
         with_fault(name, lambda n=name, at=layout: train_layout(n, at, data, reference, output))  # type: ignore[misc]
-
-
-if __name__ == "__main__":
-    main()

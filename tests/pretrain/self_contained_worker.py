@@ -1,23 +1,19 @@
 """One IDM run from a base for each layout of two forked ranks, its checkpoint self-contained or not.
 
-python self_contained_worker.py DATA BASE OUTPUT
+Started by tests/pretrain/test_self_contained.py, with the folders DATA BASE OUTPUT.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
-import multiprocessing
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from pretrain import cpu_redirects
 
 cpu_redirects.apply()
 
-import torch.distributed as dist
-
 from pretrain.config import RunConfig
 from pretrain.run import train
+from tests.forked_ranks import run_ranks
 from tests.pretrain.tiny_runs import tiny_recipe
 
 RANKS = 2
@@ -45,32 +41,13 @@ def layout_recipe(name: str, output: Path, data: Path, base: Path) -> RunConfig:
     )
 
 
-def run_rank(rank: int, data: Path, base: Path, output: Path) -> None:
+def run_rank(data: Path, base: Path, output: Path) -> None:
     """All layouts, one after the other, on one rank."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{output}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=120),
-    )
     for name in LAYOUTS:
         train(layout_recipe(name, output, data, base), resume=False, overwrite=False)
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    """Fork the ranks, so that Megatron is imported once, and wait for them."""
-    folders = [Path(argument) for argument in sys.argv[1:4]]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, *folders)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
-
-
-if __name__ == "__main__":
-    main()
+    """All layouts on the same two ranks."""
+    data, base, output = (Path(argument) for argument in sys.argv[1:4])
+    run_ranks(RANKS, output / "rendezvous", run_rank, data, base, output)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.backends import Backends
+from pretrain.doctor import main
 from pretrain.doctor_checks import (
     NEEDED,
     Finding,
@@ -19,6 +20,7 @@ from pretrain.doctor_checks import (
     find_recipe_traps,
     look_at_machine,
 )
+from tests.command_lines import run_here
 from tests.pretrain.test_backends import CPU, HOPPER
 from tests.pretrain.tiny_runs import tiny_recipe
 from tests.repository_rules import ROOT
@@ -156,17 +158,13 @@ def test_this_machine_is_seen() -> None:
     assert machine.cores > 0
 
 
-def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pretrain.doctor", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_exit_codes() -> None:
     """Sound: 0. A recipe with more than one fault: 2, every fault named, and one line on stderr."""
-    sound = run_doctor("configs/demo_idm.yaml")
+    command = [sys.executable, "-m", "pretrain.doctor", "configs/demo_idm.yaml"]
+    sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (sound.returncode, sound.stderr) == (0, "")
     assert "configs/demo_idm.yaml can run here" in sound.stdout
-    sick = run_doctor("configs/demo_idm.yaml", "--training.fp8", "tensorwise", "--training.steps", "0")
+    sick = run_here(main, "configs/demo_idm.yaml", "--training.fp8", "tensorwise", "--training.steps", "0")
     assert sick.returncode == 2
     assert sick.stderr.startswith("error: ") and sick.stderr.count("\n") == 1
     said = " ".join(sick.stdout.split())
@@ -174,6 +172,6 @@ def test_exit_codes() -> None:
 
 
 def test_usage() -> None:
-    assert "RECIPE.yaml" in run_doctor("--help").stdout
-    assert run_doctor("--fast").stderr.startswith("error: usage: pretrain.doctor [RECIPE.yaml")
-    assert run_doctor("nothing.yaml").returncode == 2
+    assert "RECIPE.yaml" in run_here(main, "--help").stdout
+    assert run_here(main, "--fast").stderr.startswith("error: usage: pretrain.doctor [RECIPE.yaml")
+    assert run_here(main, "nothing.yaml").returncode == 2

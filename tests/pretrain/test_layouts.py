@@ -1,19 +1,25 @@
 """One rank is the reference: every stage trains alike under tensor, sequence, pipeline and data parallelism."""
 
-import os
+import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.pretrain.layouts import FAULTS, LAYOUTS, SAVED, STEPS, Layout, layout_recipe
+from tests.forked_ranks import start_program
+from tests.pretrain.layouts import (
+    FAULTS,
+    LAYOUTS,
+    OF_ALL_STAGES,
+    SAVED,
+    STEPS,
+    TRAINED,
+    Layout,
+    layout_recipe,
+)
 from tests.pretrain.tiny_runs import STARTS, series, train_in_process
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("layouts_worker.py")
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 5e-6
 
 
@@ -24,12 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
     reference = folder / "one_rank"
     for stage in STARTS:
         train_in_process(layout_recipe(Layout(), stage, reference / stage, tiny_blend, reference))
-    subprocess.run(
-        [sys.executable, str(WORKER), str(tiny_blend), str(reference), str(folder)],
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=900,
-    )
+    start_program("tests.pretrain.layouts_worker", tiny_blend, reference, folder)
     return folder
 
 
@@ -43,9 +44,22 @@ def largest_difference(runs: Path, layout: str, stage: str, name: str, split: st
     return float(np.max(np.abs(found - expected) / np.abs(expected)))
 
 
+def test_every_two_sizes_meet_in_every_stage() -> None:
+    """All three only in the IDM."""
+    assert len(TRAINED) == (3 * 3 * 2 - 1) + 2 * len(OF_ALL_STAGES)
+    for stage in STARTS:
+        sizes = {
+            ((layout.tensor, layout.sequence), layout.pipeline, layout.data)
+            for layout in LAYOUTS.values()
+            if stage in layout.stages
+        }
+        for one, other in itertools.combinations(range(3), 2):
+            choices = [{size[axis] for size in sizes} for axis in (one, other)]
+            assert {(size[one], size[other]) for size in sizes} == set(itertools.product(*choices))
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", STARTS)
+@pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_every_layout_trains_as_one_rank(runs: Path, layout: str, stage: str) -> None:
     """Losses of every step, gradient norms and validation losses agree to fp32 rounding."""
     assert largest_difference(runs, layout, stage, "loss") < LOSS_TOLERANCE

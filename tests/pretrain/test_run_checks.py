@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from pretrain.train import main
+from tests.command_lines import run_here
 from tests.pretrain.tiny_runs import series, tiny_recipe, train_in_process
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m pretrain.train ... --dry-run`."""
-    command = [sys.executable, "-m", "pretrain.train", *arguments, "--dry-run"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+from tests.repository_rules import ROOT
 
 
 def test_a_full_size_plan_needs_neither_data_nor_weights_nor_gpus() -> None:
     """Parameters, balance and GPU-hours are there, what is missing is named, and the exit code is 0."""
-    done = dry_run("configs/idm_llama31_70b.yaml", "--gpus", "64")
+    command = ["-m", "pretrain.train", "configs/idm_llama31_70b.yaml", "--gpus", "64", "--dry-run"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     for words in ("70,553,706,496", "Balance", "GPU-hours", "H100", "not there yet: data.path"):
         assert words in done.stdout, words
@@ -46,7 +42,7 @@ def test_a_full_size_plan_needs_neither_data_nor_weights_nor_gpus() -> None:
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(arguments: tuple[str, ...], words: str) -> None:
-    done = dry_run("configs/idm_llama31_8b.yaml", *arguments)
+    done = run_here(main, "configs/idm_llama31_8b.yaml", *arguments, "--dry-run")
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
 

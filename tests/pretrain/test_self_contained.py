@@ -3,11 +3,8 @@
 Fault twins are ordinary checkpoints in the same place.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +14,10 @@ import torch
 from data_prep.errors import UserError
 from pretrain.checkpoint_folder import locate_parts, read_description, resolve_checkpoint
 from pretrain.config import RunConfig
+from tests.forked_ranks import start_program
 from tests.pretrain.self_contained_worker import LAYOUTS, PADDED, layout_recipe
 from tests.pretrain.tiny_runs import VOCAB_SIZE, saved_tensors, series, tiny_recipe, train_in_process
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("self_contained_worker.py")
 # Proportions of Llama-3.1-8B at half its depth: a base of 5.5 times what stage idm trains, an eighth of it in tables.
 LIKE_8B = {
     "hidden_size": 64,
@@ -60,8 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
         train_in_process(recipe("idm", folder / name, tiny_blend, base, steps, whole=name == "whole"))
     start = folder / "straight" / "checkpoints" / "step_00000003"
     train_in_process(recipe("policy", folder / "straight_policy", tiny_blend, start, 3, whole=False))
-    command = [sys.executable, str(WORKER), str(tiny_blend), str(base), str(folder)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    start_program("tests.pretrain.self_contained_worker", tiny_blend, base, folder)
     shutil.rmtree(base)
     return folder
 

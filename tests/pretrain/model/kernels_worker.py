@@ -30,7 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
-from pretrain import checkpoint_folder, checkpoint_saving, checkpointing
+from pretrain import checkpoint_folder, checkpointing
 from pretrain.backends import Backends
 from pretrain.config import RunConfig
 from pretrain.model import kernels, specs
@@ -39,7 +39,7 @@ from pretrain.optimization import build_optimizer, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, parallel_context
 from pretrain.recipes import recipe_fields
 from pretrain.stages.registry import stage_class
-from tests.pretrain.tiny_runs import tiny_recipe
+from tests.pretrain.tiny_runs import save_now, tiny_recipe
 
 PARTS = ("base", "idm", "world_model", "policy")
 SIZES: dict[str, dict[str, Any]] = {"actions": {"output": "reference"}, "model": {"qkv_bias": True}}
@@ -116,8 +116,15 @@ def exchange_optimizer(context: ParallelContext, folder: Path, own: str, other: 
         optimizer.step()
     result["held"] = optimizer_sums(optimizer)
     if not config.run_folder.is_dir():
-        origin = checkpoint_saving.RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
-        checkpoint_saving.save(config, model, optimizer, ("base",), 1, origin, {})
+        save_now(
+            config,
+            context,
+            step=1,
+            model=model,
+            optimizer=optimizer,
+            trained_parts=("base",),
+            fingerprints={},
+        )
     return result
 
 

@@ -1,7 +1,6 @@
 """A base with a padded vocabulary, and what must not depend on the padding: losses, logits, gradients.
 
-Run by torchrun on two ranks it writes them for every case, without a fault and with:
-    torchrun --nproc-per-node 2 padded_vocabulary.py OUTPUT
+As a program, with the folder OUTPUT, it writes them on two ranks for every case, without a fault and with.
 
 Shapes: S sequence, B batch, H hidden, V vocabulary.
 """
@@ -25,6 +24,7 @@ import pretrain.model.trunk
 from pretrain.model.cola import ColaModel
 from pretrain.model.trunk import LlamaTrunk
 from pretrain.parallel import ParallelContext, parallel_context
+from tests.forked_ranks import run_ranks
 from tests.pretrain.tiny_runs import UNLIKE_SIZES, tiny_recipe
 
 S, B, H = 7, 3, UNLIKE_SIZES["hidden_size"]
@@ -134,9 +134,8 @@ def padding_as_tokens() -> Iterator[None]:
             module.exclude_padding = masking  # type: ignore[attr-defined]
 
 
-def main() -> None:
-    """All cases in one launch."""
-    output = Path(sys.argv[1])
+def run_rank(output: Path) -> None:
+    """All cases, on one of the ranks."""
     with parallel_context(tensor_parallel_size=RANKS, seed=0) as context:
         for case in CASES:
             found = {"": outcome(context, case, padded=True)}
@@ -147,5 +146,7 @@ def main() -> None:
                     torch.save(tensors, output / f"{case.name}{suffix}.pt")
 
 
-if __name__ == "__main__":
-    main()
+def main() -> None:
+    """The program that the tests start."""
+    output = Path(sys.argv[1])
+    run_ranks(RANKS, output / "rendezvous", run_rank, output)

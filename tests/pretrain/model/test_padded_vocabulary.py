@@ -1,18 +1,14 @@
 """Rows that pad the vocabulary change nothing, whatever is in them: on one rank and on two that share it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.parallel import ParallelContext
+from tests.forked_ranks import start_program
 from tests.pretrain.model.padded_vocabulary import CASES, VOCABULARIES, Case, outcome, padding_as_tokens
 
-ROOT = Path(__file__).resolve().parents[3]
-WORKER = Path(__file__).with_name("padded_vocabulary.py")
 TOLERANCE = 1e-6
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -60,9 +56,7 @@ def test_padding_as_tokens_shows_on_one_rank(context: ParallelContext, case: Cas
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outcomes of all cases on two tensor-parallel ranks, with the fault and without."""
     folder = tmp_path_factory.mktemp("padded_vocabulary")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*launch, str(WORKER), str(folder)], check=True, env=environment, timeout=300)
+    start_program("tests.pretrain.model.padded_vocabulary", folder)
     return folder
 
 

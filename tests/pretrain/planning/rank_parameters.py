@@ -1,6 +1,6 @@
-"""Run by torchrun on two ranks: each writes the number of its parameters, by part, for every layout.
+"""A program of two ranks: each writes the number of its parameters, by part, for every layout.
 
-torchrun --nproc-per-node 2 rank_parameters.py OUTPUT
+Started by tests/pretrain/planning/test_parameters.py, with the folder OUTPUT.
 """
 
 # ruff: noqa: E402  Megatron is imported after the redirects
@@ -13,12 +13,12 @@ from pretrain import cpu_redirects
 cpu_redirects.apply()
 
 import torch
-import torch.distributed as dist
 
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import parallel_context
 from pretrain.stages.registry import stage_class
+from tests.forked_ranks import run_ranks
 from tests.pretrain.tiny_runs import tiny_recipe
 
 LAYOUTS = {
@@ -44,10 +44,8 @@ def layout_recipe(name: str) -> RunConfig:
     )
 
 
-def main() -> None:
-    """All layouts in one launch."""
-    output = Path(sys.argv[1])
-    dist.init_process_group("gloo")  # once: the contexts below use it one after the other
+def run_rank(output: Path) -> None:
+    """All layouts, on one of the ranks."""
     for name in LAYOUTS:
         config = layout_recipe(name)
         sizes = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
@@ -57,8 +55,9 @@ def main() -> None:
                 model = ColaModel(config, context.groups, (*stage.frozen_parts, *stage.trained_parts))
             counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in model.parts}
             (output / f"{name}_{context.rank}.json").write_text(json.dumps(counts))
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+def main() -> None:
+    """The program that the tests start."""
+    output = Path(sys.argv[1])
+    run_ranks(2, output / "rendezvous", run_rank, output)

@@ -1,9 +1,6 @@
 """The planner's parameters are those of the model that is built, part by part and rank by rank."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +19,12 @@ from pretrain.planning.parameters import (
 )
 from pretrain.recipes import load_recipe
 from pretrain.stages.registry import stage_class
+from tests.forked_ranks import start_program
 from tests.pretrain.planning.rank_parameters import LAYOUTS, layout_recipe
 from tests.pretrain.tiny_runs import UNLIKE_SIZES as MODEL
 from tests.pretrain.tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
-WORKER = Path(__file__).with_name("rank_parameters.py")
 KNOWN = {"base": 8_030_261_248, "idm": 872_714_240, "world_model": 587_464_704, "policy": 1_745_162_240}
 ACTIONS = {"num_actions": 24, "num_idm_layers": 2, "num_merge_layers": 3, "num_policy_layers": 4}
 VARIANTS = [
@@ -115,9 +112,7 @@ def test_pipeline_stages_share_every_parameter_once(stage: str, size: int) -> No
 @pytest.mark.distributed
 def test_each_rank_has_the_parameters_planned_for_it(tmp_path: Path) -> None:
     """Two ranks, as tensor and as pipeline parallel, count what they have built."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*launch, str(WORKER), str(tmp_path)], check=True, env=environment, timeout=300)
+    start_program("tests.pretrain.planning.rank_parameters", tmp_path)
     for name, layout in LAYOUTS.items():
         config = layout_recipe(name)
         for rank in range(2):
