@@ -115,17 +115,19 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
     """Build the stage with random weights and time its steps, without validation, logging or checkpoints."""
     cpu_redirects.apply()  # before the imports below, which load Megatron
     from data_prep.blended_data import open_blend
+    from pretrain.faults.hang_watch import HangWatch
     from pretrain.flops import flops_per_token
-    from pretrain.hang_watch import HangWatch
-    from pretrain.history import History
     from pretrain.metrics import MeanOfSteps, peak_memory_gib
     from pretrain.parallel import parallel_context
     from pretrain.run import build_loop
+    from pretrain.run_record.history import History
 
     seconds = []
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
         history = History(recipe.run_folder, active=False)
-        loop = build_loop(recipe, context, open_blend(recipe.data.path), newest=None, history=history, watch=HangWatch(60))
+        loop = build_loop(
+            recipe, context, open_blend(recipe.data.path), newest=None, history=history, watch=HangWatch(60)
+        )
         batches, means = loop.training_batches(), MeanOfSteps(context)
         for _ in range(recipe.training.steps):
             _synchronize(context.device)

@@ -113,17 +113,20 @@ def forget_peak() -> None:
 def opened_loop(recipe: RunConfig) -> "Iterator[tuple[TrainLoop, float]]":
     """The trainer's loop at its first step, after all checks of a run; and memory before it was built, GiB."""
     cpu_redirects.apply()  # before the imports below, which load Megatron
-    from pretrain.hang_watch import HangWatch
-    from pretrain.history import History
+    from pretrain.faults.hang_watch import HangWatch
     from pretrain.parallel import parallel_context
     from pretrain.run import build_loop
     from pretrain.run_checks import check
+    from pretrain.run_record.history import History
 
     blend = check(recipe)
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
         libraries_gib = memory_gib("VmRSS")
         history = History(recipe.run_folder, active=False)
-        yield build_loop(recipe, context, blend, newest=None, history=history, watch=HangWatch(60)), libraries_gib
+        yield (
+            build_loop(recipe, context, blend, newest=None, history=history, watch=HangWatch(60)),
+            libraries_gib,
+        )
 
 
 def timed_batches(loop: "TrainLoop") -> "tuple[Iterator[Batch], TimedReader]":

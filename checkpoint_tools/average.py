@@ -30,7 +30,7 @@ from checkpoint_tools.formats.megatron_files import (
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder, write_json_whole
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     DESCRIPTION_FILE,
     CheckpointDescription,
     find_checkpoints,

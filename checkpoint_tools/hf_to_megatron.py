@@ -35,7 +35,7 @@ from data_prep.checksum_list import list_whole_folder
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder, write_json_whole
 from data_prep.text_tokenizer import load_tokenizer
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
     CheckpointDescription,

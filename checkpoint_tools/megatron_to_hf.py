@@ -25,7 +25,7 @@ from checkpoint_tools.tensor_listing import list_tensors
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder
 from data_prep.text_tokenizer import load_tokenizer
-from pretrain.checkpoint_folder import locate_parts
+from pretrain.checkpoints.checkpoint_folder import locate_parts
 from pretrain.cpu_redirects import prepare_conversion
 
 MODEL_CARD_FILE = "README.md"

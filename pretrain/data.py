@@ -16,10 +16,10 @@ from data_prep.blended_data import BlendedData
 from data_prep.errors import UserError
 from pretrain.checked_shards import CheckedSamples, CheckedSamplesConfig, check_indexes
 from pretrain.config import RunConfig
+from pretrain.faults.stop_request import SIGNALS
 from pretrain.index_cache import whole_index_cache
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch
-from pretrain.stop_request import SIGNALS
 
 
 class ShardVocabulary:

@@ -21,15 +21,15 @@ from pathlib import Path
 
 from data_prep.errors import UserError, run_cli
 from pretrain.config_checks import find_problems
-from pretrain.launch_options import NodeLayout, parse_options
-from pretrain.rank_exits import describe_end, most_telling
+from pretrain.launching.launch_options import NodeLayout, parse_options
+from pretrain.launching.rank_exits import describe_end, most_telling
+from pretrain.launching.stop_signals import StopSignals
 from pretrain.recipes import load_recipe
-from pretrain.run_logs import job_folder, job_name, rank_log, record_launch, shown
-from pretrain.stop_signals import StopSignals
+from pretrain.run_record.run_logs import job_folder, job_name, rank_log, record_launch, shown
 from pretrain.train_arguments import parse_train_arguments
 
 TRAIN_MODULE = "pretrain.train"
-RANK_MODULE = "pretrain.rank_process"
+RANK_MODULE = "pretrain.launching.rank_process"
 KILLED_EXIT_CODE = 130  # what a shell reports for a command ended by Ctrl-C
 
 
@@ -82,7 +82,7 @@ def _start_and_wait(layout: NodeLayout, logs: Path, module_command: list[str]) -
         StopSignals(RANK_MODULE) as signals,
         shown(rank_log(logs, 0)) if layout.node_rank == 0 else contextlib.nullcontext(),
     ):
-        from pretrain.elastic_ranks import run_ranks  # loads torch
+        from pretrain.launching.elastic_ranks import run_ranks  # loads torch
 
         try:
             python_arguments = ["-u", "-X", "faulthandler", *rank_process]

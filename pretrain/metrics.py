@@ -16,9 +16,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data_prep.output_files import append_line, write_text_whole
-from pretrain.bad_steps import BadStepError
-from pretrain.checkpoint_folder import LoopState
+from pretrain.checkpoints.checkpoint_folder import LoopState
 from pretrain.config import METRICS_FILE, RunConfig
+from pretrain.faults.bad_steps import BadStepError
 from pretrain.flops import CONVENTION
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import recipe_fields

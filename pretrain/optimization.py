@@ -17,9 +17,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
-from pretrain.bad_steps import BadStepError
 from pretrain.config import RunConfig
 from pretrain.cpu_redirects import training_device
+from pretrain.faults.bad_steps import BadStepError
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
 

@@ -11,28 +11,28 @@ from rich.console import Console
 from data_prep.blended_data import BlendedData
 from data_prep.errors import TrainingError, UserError
 from data_prep.output_files import PARTIAL_SUFFIX, write_text_whole
-from pretrain import checkpointing
-from pretrain.bad_steps import RollBackError
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint, start_of
-from pretrain.checkpoint_saving import RunOrigin
+from pretrain.checkpoints import checkpointing
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint, start_of
+from pretrain.checkpoints.checkpoint_saving import RunOrigin
+from pretrain.checkpoints.resume import newest_whole
 from pretrain.config import CONFIG_FILE, LOGS_FOLDER, METRICS_FILE, RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.cpu_redirects import use_deterministic_kernels
 from pretrain.data import build_datasets
-from pretrain.environment import git_revision, write_environment
-from pretrain.hang_watch import HangWatch
-from pretrain.history import History
+from pretrain.faults.bad_steps import RollBackError
+from pretrain.faults.hang_watch import HangWatch
 from pretrain.metrics import last_logged_step
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, build_scheduler, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, launched_rank, launched_world_size, parallel_context
 from pretrain.plan import print_plan
 from pretrain.recipes import dump_recipe, parse_recipe
-from pretrain.resume import newest_whole
 from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs, refuse
-from pretrain.run_logs import job_name
+from pretrain.run_record.environment import git_revision, write_environment
+from pretrain.run_record.history import History
+from pretrain.run_record.run_logs import job_name
+from pretrain.run_record.start_up import StartUp
 from pretrain.stages.registry import stage_class
-from pretrain.start_up import StartUp
 from pretrain.train_loop import BEGINNING, Position, TrainLoop
 
 PARTIAL_CONFIG_FILE = CONFIG_FILE + PARTIAL_SUFFIX  # what a run killed at its very start leaves behind

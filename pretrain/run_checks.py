@@ -4,15 +4,15 @@ from pathlib import Path
 
 from data_prep.blended_data import BlendedData, open_blend
 from data_prep.errors import UserError
-from pretrain import checkpoint_folder
 from pretrain.backends import find_backend_problems, find_backends
+from pretrain.checkpoints import checkpoint_folder
+from pretrain.checkpoints.resume import newest_described
 from pretrain.config import RunConfig
 from pretrain.config_checks import find_problems
 from pretrain.data import find_data_problems
 from pretrain.parallel import launched_world_size
 from pretrain.plan import find_plan_problems
 from pretrain.recipes import recipe_from_fields
-from pretrain.resume import newest_described
 from pretrain.stages.registry import stage_class
 
 

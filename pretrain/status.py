@@ -22,8 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from data_prep.errors import UserError, run_cli
-from pretrain.run_starts import Start, made_progress, read_starts
-from pretrain.run_status import Checkpoint, RunStatus, read_status
+from pretrain.run_record.run_starts import Start, made_progress, read_starts
+from pretrain.run_record.run_status import Checkpoint, RunStatus, read_status
 
 WATCH_SECONDS = 3.0
 SHOWN_STARTS = 6

@@ -12,22 +12,22 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.utils import get_model_config
 
 from data_prep.errors import StoppedError
-from pretrain import checkpointing
-from pretrain.bad_steps import BadStepError, BadSteps
 from pretrain.base_ahead import BaseAhead
-from pretrain.checkpoint_folder import LoopState
-from pretrain.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
+from pretrain.checkpoints import checkpointing
+from pretrain.checkpoints.checkpoint_folder import LoopState
+from pretrain.checkpoints.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
 from pretrain.config import RunConfig
 from pretrain.data import IndexedSamples, micro_batches
+from pretrain.faults.bad_steps import BadStepError, BadSteps
+from pretrain.faults.hang_watch import HangWatch
+from pretrain.faults.stop_request import StopRequest
 from pretrain.flops import flops_per_token
-from pretrain.hang_watch import HangWatch
-from pretrain.history import History
 from pretrain.metrics import MeanOfSteps, MetricsWriter, peak_memory_gib
 from pretrain.optimization import refuse_non_finite_gradients
 from pretrain.parallel import ParallelContext
 from pretrain.pipeline import Pipeline
+from pretrain.run_record.history import History
 from pretrain.stages.contract import Batch, Carry, Stage, StageLoss
-from pretrain.stop_request import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,12 +255,14 @@ class TrainLoop:
         Raises:
             UserError: a frozen tensor is not what it was.
         """
+        began = time.monotonic()
         self.finish_parameters()
         model = self.model.module
         frozen = checkpointing.model_fingerprints(model, self.stage.frozen_parts)
         checkpointing.check_fingerprints(self.frozen.held, frozen, f"step {step}, frozen tensors")
         trained = checkpointing.model_fingerprints(model, self.stage.trained_parts)
         return Snapshot(
+            began=began,
             step=step,
             consumed_samples=self.next_sample(step),
             model=model,

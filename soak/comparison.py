@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import METRICS_FILE
 from pretrain.fingerprint import BITS_VIEW
 from pretrain.parallel import parallel_context

@@ -37,9 +37,9 @@ from benchmarks.train_bench_setup import (
 from data_prep.checksum_list import find_damage
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import write_json_whole
-from pretrain.checkpoint_folder import newest_checkpoint
+from pretrain.checkpoints.checkpoint_folder import newest_checkpoint
 from pretrain.config import METRICS_FILE, CheckpointConfig, LoggingConfig, RunConfig
-from pretrain.history import Event, read_history
+from pretrain.run_record.history import Event, read_history
 
 START_PARTS = ("import_seconds", "groups_seconds", "load_seconds", "first_step_seconds")
 BAR = "training waits at most one step for a save"

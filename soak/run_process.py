@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from data_prep.output_files import PARTIAL_SUFFIX
-from pretrain.checkpoint_folder import CHECKPOINTS_FOLDER
+from pretrain.checkpoints.checkpoint_folder import CHECKPOINTS_FOLDER
 from pretrain.config import METRICS_FILE
 from soak.soak_recipe import ENVIRONMENT, ROOT
 

@@ -32,7 +32,7 @@ from data_prep.errors import UserError, run_cli
 from data_prep.output_files import write_json_whole
 from pretrain import cpu_redirects
 from pretrain.config import RunConfig
-from pretrain.run_status import read_status
+from pretrain.run_record.run_status import read_status
 from soak import small_disk
 from soak.faults import FaultName
 from soak.orders import order_nan_gradients

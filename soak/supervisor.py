@@ -9,9 +9,14 @@ from collections.abc import Callable
 import psutil
 
 from data_prep.checksum_list import find_damage
-from pretrain.checkpoint_folder import CHECKPOINTS_FOLDER, find_checkpoints, newest_checkpoint, read_step
+from pretrain.checkpoints.checkpoint_folder import (
+    CHECKPOINTS_FOLDER,
+    find_checkpoints,
+    newest_checkpoint,
+    read_step,
+)
 from pretrain.config import LOGS_FOLDER
-from pretrain.run_logs import rank_log
+from pretrain.run_record.run_logs import rank_log
 from soak import orders, small_disk
 from soak.damage import corrupt_file, damage_checkpoint
 from soak.faults import Fault

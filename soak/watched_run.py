@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.checkpoint_folder import newest_checkpoint, read_step
+from pretrain.checkpoints.checkpoint_folder import newest_checkpoint, read_step
 from pretrain.config import HISTORY_FILE, RunConfig
-from pretrain.history import Event, read_history
+from pretrain.run_record.history import Event, read_history
 from soak.faults import Fault
 from soak.outcomes import Outcome, SoakResult
 from soak.run_process import RunProcess, last_step

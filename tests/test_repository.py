@@ -20,7 +20,8 @@ NOT_IMPORTED = {
 }
 # Imported only where it is installed; requirements-gpu.txt.
 GPU_ONLY = {"transformer_engine", "apex"}
-REQUIREMENT_OF_MODULE = {"PIL": "pillow", "jinja2": "Jinja2", "megatron": "megatron-core", "yaml": "PyYAML"}
+REQUIREMENT_OF_MODULE = {"PIL": "pillow", "jinja2": "Jinja2", "megatron": "megatron-core", "yaml": "PyYAML",
+                         "xdist": "pytest-xdist"}  # fmt: skip
 
 
 def _problems(files: list[Path], rule: Callable[[str], Iterable[str]]) -> list[str]:

@@ -16,9 +16,9 @@ from tests.repository_rules import ROOT, tracked_files
 
 # By pattern: the only files that may use it.
 ONLY_IN = {
-    "unpickling": {"pretrain/safe_pickle.py"},
+    "unpickling": {"pretrain/checkpoints/safe_pickle.py"},
     "loading of a Megatron checkpoint": {
-        "pretrain/checkpointing.py",
+        "pretrain/checkpoints/checkpointing.py",
         "soak/comparison.py",
     },  # that of its own runs
     "code of a model folder": {"evaluation/huggingface_model.py"},

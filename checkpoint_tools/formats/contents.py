@@ -25,7 +25,7 @@ cpu_redirects.apply()
 
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     CheckpointDescription,
     find_checkpoints,
     is_checkpoint,

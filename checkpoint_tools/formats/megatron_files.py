@@ -50,14 +50,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 
-from pretrain.checkpoint_folder import DESCRIPTION_FILE, locate_parts
-from pretrain.checkpointing import check_fingerprints, sharded_weights
+from pretrain.checkpoints.checkpoint_folder import DESCRIPTION_FILE, locate_parts
+from pretrain.checkpoints.checkpointing import check_fingerprints, sharded_weights
+from pretrain.checkpoints.safe_pickle import read_metadata
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.fingerprint import fingerprint_tensors
 from pretrain.model.cola import ColaModel
 from pretrain.model.kernels import local_name
 from pretrain.parallel import parallel_context
-from pretrain.safe_pickle import read_metadata
 
 # A parameter as Megatron stores it: one tensor, or several made from it.
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory

@@ -17,7 +17,7 @@ from checkpoint_tools.formats.tensor_reader import TensorReader
 from checkpoint_tools.formats.weight_map import weight_rules
 from data_prep.errors import UserError
 from data_prep.output_files import read_json_object
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     CheckpointDescription,
     find_checkpoints,
     locate_parts,

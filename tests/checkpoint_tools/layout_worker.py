@@ -20,9 +20,15 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint, step_folder
-from pretrain.checkpoint_writer import BACKEND, BACKEND_VERSION, WriterProcess, Written, plan_folder
-from pretrain.checkpointing import load_checked, sharded_weights
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint, step_folder
+from pretrain.checkpoints.checkpoint_writer import (
+    BACKEND,
+    BACKEND_VERSION,
+    WriterProcess,
+    Written,
+    plan_folder,
+)
+from pretrain.checkpoints.checkpointing import load_checked, sharded_weights
 from pretrain.config import ParallelConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext, parallel_context

@@ -16,7 +16,13 @@ from checkpoint_tools.formats.megatron_files import CheckedWeights, MegatronWeig
 from checkpoint_tools.formats.opened_model import open_model
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader
 from data_prep.errors import UserError
-from pretrain.checkpoint_folder import find_checkpoints, locate_parts, read_description, start_of, step_folder
+from pretrain.checkpoints.checkpoint_folder import (
+    find_checkpoints,
+    locate_parts,
+    read_description,
+    start_of,
+    step_folder,
+)
 from pretrain.recipes import recipe_from_fields
 from tests.pretrain.tiny_runs import tiny_recipe, train_in_process
 
@@ -24,9 +30,16 @@ STEPS = 3
 TRAINED = ("idm", "world_model")
 
 
-def train(stage: str, run: Path, blend: Path, start_from: Path | None = None, **checkpoint: bool) -> None:
-    """A few steps in BF16, each with a checkpoint: a run of its own, since within one a slow disk puts saves off."""
-    for steps in range(1, STEPS + 1):
+def train(
+    stage: str,
+    run: Path,
+    blend: Path,
+    start_from: Path | None = None,
+    saved: tuple[int, ...] = (STEPS,),
+    **checkpoint: bool,
+) -> None:
+    """A few steps in BF16; a start for each of those `saved`, since within one a slow disk can put a save off."""
+    for steps in saved:
         recipe = tiny_recipe(
             stage,
             run,
@@ -36,7 +49,7 @@ def train(stage: str, run: Path, blend: Path, start_from: Path | None = None, **
             optimizer={"learning_rate": 0.1},
             checkpoint=checkpoint,
         )
-        train_in_process(recipe, resume=steps > 1)
+        train_in_process(recipe, resume=steps > saved[0])
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_blend: Path) -> Path:
     """base/, idm/ on it, whole/ with self-contained checkpoints, and mean/ of the idm run's three."""
     folder = tmp_path_factory.mktemp("average")
     train("base", folder / "base", tiny_blend)
-    train("idm", folder / "idm", tiny_blend, folder / "base")
-    train("idm", folder / "whole", tiny_blend, folder / "base", self_contained=True)
+    train("idm", folder / "idm", tiny_blend, folder / "base", saved=(1, 2, 3))
+    train("idm", folder / "whole", tiny_blend, folder / "base", saved=(1, 2, 3), self_contained=True)
     average_of(folder / "idm", output=folder / "mean", last=STEPS)
     return folder
 

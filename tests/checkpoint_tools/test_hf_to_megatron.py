@@ -104,7 +104,7 @@ def megatron_logits(run: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     """[B, S, V] in fp32 of the imported checkpoint, by the trainer's model."""
     from dataclasses import replace
 
-    from pretrain.checkpointing import load_parts
+    from pretrain.checkpoints.checkpointing import load_parts
     from pretrain.model.cola import ColaModel
     from pretrain.parallel import parallel_context
 

@@ -70,8 +70,8 @@ def test_an_export_holds_no_secret(folder: Path) -> None:
 @pytest.fixture
 def megatron(runs: Path, folder: Path):  # type: ignore[no-untyped-def]
     """Outputs of the policy run's Megatron model on random tokens (after the export: one set of groups at a time)."""
-    from pretrain.checkpoint_folder import read_description, resolve_checkpoint
-    from pretrain.checkpointing import load_parts
+    from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
+    from pretrain.checkpoints.checkpointing import load_parts
     from pretrain.model.cola import ColaModel
     from pretrain.parallel import parallel_context
     from pretrain.recipes import recipe_from_fields

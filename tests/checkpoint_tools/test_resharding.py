@@ -23,7 +23,7 @@ from pretrain import cpu_redirects
 cpu_redirects.apply()
 
 from checkpoint_tools.formats.megatron_files import MegatronWeights, model_entries, write_weights
-from pretrain import checkpoint_folder, checkpointing
+from pretrain.checkpoints import checkpoint_folder, checkpointing
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, make_loadable, wrap_for_data_parallel

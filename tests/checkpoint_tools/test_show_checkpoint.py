@@ -15,7 +15,7 @@ from checkpoint_tools.formats.contents import GONE, Shown, ShownTensor, TensorVa
 from checkpoint_tools.formats.megatron_files import MegatronWeights
 from checkpoint_tools.show_checkpoint import fold_layers, main
 from data_prep.errors import IntegrityError, UserError, run_cli
-from pretrain.checkpoint_folder import find_checkpoints, read_description
+from pretrain.checkpoints.checkpoint_folder import find_checkpoints, read_description
 from pretrain.recipes import recipe_from_fields
 from tests.pretrain.tiny_runs import MODEL, tiny_recipe, train_in_process
 

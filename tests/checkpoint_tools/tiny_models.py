@@ -31,7 +31,7 @@ def save_as_checkpoint(folder: Path, run: Path, **fields: Any) -> Path:
     from checkpoint_tools.formats.opened_model import open_model
     from checkpoint_tools.formats.weight_map import weight_rules
     from data_prep.checksum_list import list_whole_folder
-    from pretrain.checkpoint_folder import (
+    from pretrain.checkpoints.checkpoint_folder import (
         DESCRIPTION_FILE,
         FORMAT_VERSION,
         CheckpointDescription,

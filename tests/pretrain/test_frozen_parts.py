@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.model.cola import ColaModel
 from tests.pretrain.tiny_runs import STARTS, metrics, tiny_recipe, train_in_process
 

@@ -13,10 +13,10 @@ import pytest
 
 from data_prep.errors import UserError
 from pretrain.launch import launch
-from pretrain.launch_options import parse_options
-from pretrain.rank_exits import RankEnd, describe_end, most_telling
+from pretrain.launching.launch_options import parse_options
+from pretrain.launching.rank_exits import RankEnd, describe_end, most_telling
 from pretrain.recipes import dump_recipe
-from pretrain.run_starts import read_starts
+from pretrain.run_record.run_starts import read_starts
 from tests.pretrain.tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

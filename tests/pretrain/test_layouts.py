@@ -90,7 +90,7 @@ def test_one_rank_goes_on_where_another_layout_stopped(
         shutil.copytree(runs / start / stage, run)
         with monkeypatch.context() as patch:
             if name == "twin":
-                patch.setattr("pretrain.checkpointing.load_optimizer", lambda *_: None)
+                patch.setattr("pretrain.checkpoints.checkpointing.load_optimizer", lambda *_: None)
             recipe = layout_recipe(Layout(), stage, run, tiny_blend, runs / "one_rank", steps=STEPS + 2)
             train_in_process(recipe, resume=True)
         ends[name] = series(run, "loss")[STEPS:]

@@ -9,7 +9,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.output_files import write_sealed_json
-from pretrain.checkpoint_folder import find_checkpoints, read_description
+from pretrain.checkpoints.checkpoint_folder import find_checkpoints, read_description
 from tests.pretrain.tiny_runs import STARTS, metrics, saved_tensors, tiny_recipe, train_in_process
 
 VOLATILE = ("elapsed_seconds", "tokens_per_second", "tflops_per_second", "memory_gib")

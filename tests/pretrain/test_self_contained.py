@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pretrain.checkpoint_folder import locate_parts, read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpoint_folder import locate_parts, read_description, resolve_checkpoint
 from pretrain.config import RunConfig
 from tests.forked_ranks import start_program
 from tests.pretrain.self_contained_worker import LAYOUTS, PADDED, layout_recipe

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from data_prep.checksum_list import list_whole_folder
 from data_prep.errors import UserError
-from pretrain.history import Fact
 from pretrain.recipes import dump_recipe
-from pretrain.run_status import RunStatus, read_status
+from pretrain.run_record.history import Fact
+from pretrain.run_record.run_status import RunStatus, read_status
 from pretrain.status import StatusOptions, show, status_page
 from tests.pretrain.tiny_runs import SEQUENCE_LENGTH, tiny_recipe
 

@@ -10,7 +10,7 @@ import torch
 
 from data_prep.errors import TrainingError
 from pretrain import optimization
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.stages.base import BaseStage

@@ -84,7 +84,7 @@ def saved_tensors(run: Path) -> "dict[str, torch.Tensor]":
     import torch
     from megatron.core import dist_checkpointing
 
-    from pretrain.checkpoint_folder import resolve_checkpoint
+    from pretrain.checkpoints.checkpoint_folder import resolve_checkpoint
     from pretrain.parallel import parallel_context
 
     checkpoint = resolve_checkpoint(run)
@@ -99,14 +99,14 @@ def saved_tensors(run: Path) -> "dict[str, torch.Tensor]":
 
 def save_now(config: RunConfig, context: "ParallelContext", **snapshot: Any) -> None:
     """Write a checkpoint by itself, with the trainer's own code; `snapshot` are the fields of a Snapshot."""
-    from pretrain.checkpoint_folder import LoopState
-    from pretrain.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
-    from pretrain.history import History
+    from pretrain.checkpoints.checkpoint_folder import LoopState
+    from pretrain.checkpoints.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
+    from pretrain.run_record.history import History
 
     origin = RunOrigin(start=None, tokenizer_fingerprint="", data_fingerprint="")
     history = History(config.run_folder, active=False)
     saver = CheckpointSaver(config, context, origin, history, beat=lambda: None)
-    taken = Snapshot(consumed_samples=0, loop=LoopState(), **snapshot)
+    taken = Snapshot(began=0.0, consumed_samples=0, loop=LoopState(), **snapshot)
     saver.save_and_wait(lambda: taken, taken.step)
 
 

@@ -11,7 +11,7 @@ from soak.worker import obey_orders
 def main() -> None:
     """Entry point."""
     cpu_redirects.apply()
-    from pretrain import checkpointing, resume
+    from pretrain.checkpoints import checkpointing, resume
 
     resume.find_damage = lambda *_: None
     checkpointing.load_optimizer = lambda *_: None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.output_files import write_json_whole
-from pretrain.checkpoint_folder import newest_checkpoint
+from pretrain.checkpoints.checkpoint_folder import newest_checkpoint
 from soak.comparison import differences
 from tests.pretrain.tiny_runs import saved_tensors
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.checksum_list import find_damage
-from pretrain.checkpoint_folder import newest_checkpoint
+from pretrain.checkpoints.checkpoint_folder import newest_checkpoint
 from soak.damage import corrupt_file, damage_checkpoint
 from soak.faults import KINDS, Fault, FaultName
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import HISTORY_FILE, METRICS_FILE
-from pretrain.history import History
+from pretrain.run_record.history import History
 from soak.faults import Fault, FaultName
 from soak.outcomes import SoakResult
 from soak.soak_recipe import soak_recipe

@@ -15,7 +15,7 @@ from checkpoint_tools.comparison.layerwise_model import LayerwiseModel, Probe
 from checkpoint_tools.comparison.megatron_side import MegatronModel
 from checkpoint_tools.formats.opened_model import OpenedCheckpoint, open_model
 from checkpoint_tools.huggingface.modeling_cola import ColaForCausalLM
-from pretrain.checkpointing import load_parts
+from pretrain.checkpoints.checkpointing import load_parts
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import parallel_context
 from tests.checkpoint_tools.tiny_models import cola_folder, save_as_checkpoint

@@ -19,7 +19,7 @@ from checkpoint_tools.formats.megatron_files import (
 )
 from checkpoint_tools.formats.tensor_reader import TensorFacts
 from data_prep.errors import UserError
-from pretrain.safe_pickle import METADATA_FILE
+from pretrain.checkpoints.safe_pickle import METADATA_FILE
 from tests.pretrain.make_folder import MakeFolder
 from tests.pretrain.tiny_runs import tiny_recipe
 

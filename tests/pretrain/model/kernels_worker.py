@@ -30,8 +30,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
-from pretrain import checkpoint_folder, checkpointing
 from pretrain.backends import Backends
+from pretrain.checkpoints import checkpoint_folder, checkpointing
 from pretrain.config import RunConfig
 from pretrain.model import kernels, specs
 from pretrain.model.cola import ColaModel

@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.errors import UserError
-from pretrain.checkpoint_folder import locate_parts, read_description
+from pretrain.checkpoints.checkpoint_folder import locate_parts, read_description
+from pretrain.checkpoints.safe_pickle import refuse_foreign_code
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import make_loadable
-from pretrain.safe_pickle import refuse_foreign_code
 
 # Optimizer state by parameter, not by rank, so that another layout of ranks can load it.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

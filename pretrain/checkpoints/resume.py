@@ -8,7 +8,7 @@ import torch.distributed as dist
 from data_prep.checksum_list import CHECKSUM_LIST, find_damage, read_checksum_list
 from data_prep.errors import IntegrityError, UserError
 from data_prep.output_files import file_checksum
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     DAMAGED_SUFFIX,
     DESCRIPTION_FILE,
     checkpoint_folders,
@@ -16,8 +16,8 @@ from pretrain.checkpoint_folder import (
     read_description,
     read_step,
 )
-from pretrain.history import History, read_history
 from pretrain.parallel import ParallelContext
+from pretrain.run_record.history import History, read_history
 
 
 def newest_described(run_folder: Path) -> Path | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data_prep.output_files import write_json_whole
 from pretrain.config import ENVIRONMENT_FILE
-from pretrain.run_logs import job_folder, job_name
+from pretrain.run_record.run_logs import job_folder, job_name
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "psutil", "wandb")
 KEPT_VARIABLES = (

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from checkpoint_tools.formats.megatron_files import entry_facts, model_entries, write_weights
 from checkpoint_tools.formats.tensor_reader import TensorFacts
 from data_prep.errors import UserError
-from pretrain import checkpointing
+from pretrain.checkpoints import checkpointing
+from pretrain.checkpoints.safe_pickle import COMMON_FILE, METADATA_FILE, read_metadata, refuse_foreign_code
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
-from pretrain.safe_pickle import COMMON_FILE, METADATA_FILE, read_metadata, refuse_foreign_code
 from tests.pretrain.make_folder import MakeFolder
 from tests.pretrain.tiny_runs import tiny_recipe
 

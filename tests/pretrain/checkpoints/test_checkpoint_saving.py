@@ -12,10 +12,10 @@ import torch
 
 from data_prep.checksum_list import find_damage
 from data_prep.errors import StorageError
-from pretrain import checkpoint_saving, checkpoint_writer
-from pretrain.checkpoint_folder import find_checkpoints, read_description, read_step
-from pretrain.checkpoint_writer import FolderPlan, WriterProcess, Written
-from pretrain.history import read_history
+from pretrain.checkpoints import checkpoint_saving, checkpoint_writer
+from pretrain.checkpoints.checkpoint_folder import find_checkpoints, read_description, read_step
+from pretrain.checkpoints.checkpoint_writer import FolderPlan, WriterProcess, Written
+from pretrain.run_record.history import read_history
 from pretrain.train_loop import TrainLoop
 from tests.pretrain.tiny_runs import saved_tensors, tiny_recipe, train_in_process
 

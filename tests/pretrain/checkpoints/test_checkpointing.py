@@ -12,8 +12,8 @@ import torch
 
 import pretrain.run_checks
 from data_prep.errors import UserError
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint
-from pretrain.checkpointing import model_fingerprints, sharded_weights
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpointing import model_fingerprints, sharded_weights
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
 from tests.pretrain.tiny_runs import STARTS, tiny_recipe, train_in_process

@@ -15,11 +15,11 @@ import torch
 
 from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import IntegrityError, StoppedError
-from pretrain import resume
-from pretrain.checkpoint_folder import DESCRIPTION_FILE, find_checkpoints, step_folder
-from pretrain.history import History, read_history
+from pretrain.checkpoints import resume
+from pretrain.checkpoints.checkpoint_folder import DESCRIPTION_FILE, find_checkpoints, step_folder
+from pretrain.checkpoints.resume import newest_described, newest_whole
 from pretrain.parallel import parallel_context
-from pretrain.resume import newest_described, newest_whole
+from pretrain.run_record.history import History, read_history
 from pretrain.train_loop import TrainLoop
 from tests.pretrain.tiny_runs import metrics, saved_tensors, tiny_recipe, train_in_process
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import TrainingError
-from pretrain.bad_steps import FEWEST_STEPS, BadStepError, BadSteps, RollBackError
-from pretrain.checkpoint_folder import read_description, resolve_checkpoint
+from pretrain.checkpoints.checkpoint_folder import read_description, resolve_checkpoint
 from pretrain.config import FaultConfig
-from pretrain.history import read_history
+from pretrain.faults.bad_steps import FEWEST_STEPS, BadStepError, BadSteps, RollBackError
 from pretrain.metrics import StepMeans
+from pretrain.run_record.history import read_history
 from pretrain.train_loop import TrainLoop
 from tests.pretrain.tiny_runs import metrics, saved_tensors, tiny_recipe, train_in_process
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from data_prep.errors import HANG_EXIT_CODE
-from pretrain.hang_watch import HangWatch
+from pretrain.faults.hang_watch import HangWatch
 
 SLEEPS = """
 import threading, time
-import pretrain.hang_watch as watch
+import pretrain.faults.hang_watch as watch
 watch.GRACE_SECONDS, watch.START_LIMIT_SECONDS = 0.2, {start}
 def a_function_that_hangs(): time.sleep(60)
 with watch.HangWatch({limit}) as w:

@@ -1,6 +1,6 @@
 """What the launcher starts for each rank: a process tied to the launcher, with a log of its own, that runs a module.
 
-    python -m pretrain.rank_process LAUNCHER_PID LOG_FOLDER MODULE [ARGUMENT ...]
+    python -m pretrain.launching.rank_process LAUNCHER_PID LOG_FOLDER MODULE [ARGUMENT ...]
 
 Not for the command line: `python -m pretrain.launch` starts it.
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from data_prep.process_ties import die_with_parent
-from pretrain.run_logs import rank_log
+from pretrain.run_record.run_logs import rank_log
 
 
 def main() -> None:

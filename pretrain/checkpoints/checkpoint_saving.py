@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from data_prep.checksum_list import write_checksum_list
 from data_prep.errors import StorageError
 from data_prep.output_files import PARTIAL_SUFFIX, file_checksum, partial_path, write_json_whole
-from pretrain.checkpoint_folder import (
+from pretrain.checkpoints.checkpoint_folder import (
     CHECKPOINTS_FOLDER,
     DESCRIPTION_FILE,
     FORMAT_VERSION,
@@ -30,7 +30,7 @@ from pretrain.checkpoint_folder import (
     read_step,
     step_folder,
 )
-from pretrain.checkpoint_writer import (
+from pretrain.checkpoints.checkpoint_writer import (
     BACKEND,
     BACKEND_VERSION,
     FolderPlan,
@@ -38,14 +38,14 @@ from pretrain.checkpoint_writer import (
     Written,
     plan_folder,
 )
-from pretrain.checkpointing import OPTIMIZER_FORMAT, sharded_weights
+from pretrain.checkpoints.checkpointing import OPTIMIZER_FORMAT, sharded_weights
 from pretrain.config import RunConfig
-from pretrain.history import History
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import make_savable
 from pretrain.parallel import ParallelContext
 from pretrain.planning.parameters import built_parts
 from pretrain.recipes import recipe_fields
+from pretrain.run_record.history import History
 
 POLL_SECONDS = 0.02
 LAST_ATTEMPTS_AFTER_SECONDS = (1, 10, 60)
@@ -67,6 +67,8 @@ class RunOrigin:
 class Snapshot:
     """What a checkpoint is made of, at the end of a step."""
 
+    began: float
+    """When it was begun to be taken, by the clock of `time.monotonic`."""
     step: int
     consumed_samples: int
     model: ColaModel
@@ -84,7 +86,7 @@ class _Save:
     plans: list[FolderPlan]
     process: WriterProcess
     blocked_seconds: float
-    began: float = field(default_factory=time.monotonic)
+    began: float
 
 
 class CheckpointSaver:
@@ -160,7 +162,6 @@ class CheckpointSaver:
         """Start saving; returns as soon as training may change the tensors. Collective."""
         assert self._current is None, "one save at a time"
         self._owed_from = None
-        began = time.monotonic()
         partial = partial_path(step_folder(self.config.run_folder, snapshot.step))
         problem = self._make_folders(partial)
         if problem is not None:
@@ -182,8 +183,8 @@ class CheckpointSaver:
             description=description,
             plans=plans,
             process=process,
-            blocked_seconds=time.monotonic() - began,
-            began=began,
+            blocked_seconds=time.monotonic() - snapshot.began,
+            began=snapshot.began,
         )
 
     def save_and_wait(self, take_snapshot: Callable[[], Snapshot], step: int) -> None:

@@ -13,8 +13,8 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pretrain.launch_options import NodeLayout
-from pretrain.run_logs import JOB_VARIABLE
+from pretrain.launching.launch_options import NodeLayout
+from pretrain.run_record.run_logs import JOB_VARIABLE
 
 MEETING_SECONDS = 900  # that nodes wait for each other: a job's nodes may take minutes to load the same files
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config import LOGS_FOLDER
-from pretrain.history import Event, read_events, read_history
-from pretrain.run_logs import LAUNCHES_FILE
+from pretrain.run_record.history import Event, read_events, read_history
+from pretrain.run_record.run_logs import LAUNCHES_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

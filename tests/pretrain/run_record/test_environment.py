@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import environment
-from pretrain.environment import HIDDEN, hide_secrets, kept_variables, write_environment
+from pretrain.run_record import environment
+from pretrain.run_record.environment import HIDDEN, hide_secrets, kept_variables, write_environment
 from tests.pretrain.tiny_runs import tiny_recipe, train_in_process
 
 CANARY = "canary-0123456789-0123456789-0123456789-x"

@@ -17,11 +17,11 @@ import yaml
 
 from data_prep.checksum_list import find_damage
 from data_prep.errors import STOPPED_EXIT_CODE, UserError
-from pretrain.checkpoint_folder import newest_checkpoint, read_step
+from pretrain.checkpoints.checkpoint_folder import newest_checkpoint, read_step
 from pretrain.config import CONFIG_FILE, HISTORY_FILE, METRICS_FILE
-from pretrain.history import Event, read_history
-from pretrain.run_logs import job_folder
-from pretrain.run_starts import Start, read_starts
+from pretrain.run_record.history import Event, read_history
+from pretrain.run_record.run_logs import job_folder
+from pretrain.run_record.run_starts import Start, read_starts
 
 State = Literal["running", "finished", "stopped", "failed"]
 
