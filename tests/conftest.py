@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ class NetworkUseError(Exception):
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything imports torch, which reads the number of threads once."""
     os.environ.update(ENVIRONMENT)
+    # Ignored where pytest was started in the background, and then also by the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
