@@ -169,7 +169,8 @@ class WatchedRun:
         """Whether the run goes on from where it has to; what that costs."""
         from_step = int(start["facts"]["from_step"] or 0)
         if down.endings:
-            down.endings[-1].steps_lost = down.furthest - down.newest
+            # What was last seen in the metrics may be a step behind what is saved.
+            down.endings[-1].steps_lost = max(0, down.furthest - down.newest)
         if down.damage is not None:
             down.damage.steps_lost = down.newest - from_step
             fell_back = [event["facts"]["step"] for event in self.events("fell_back")]
