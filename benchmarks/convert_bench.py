@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import describe_machine
 from benchmarks.measured_process import ProcessFigures, run_measured
-from checkpoint_tools.formats.file_checksums import WRITTEN_SUMS
 from checkpoint_tools.formats.safetensors_files import open_safetensors, write_safetensors
 from checkpoint_tools.formats.tensor_reader import TensorFacts
+from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import folder_written_whole, write_json_whole
 from data_prep.sample_corpus import SampleCorpusConfig, make_corpora
@@ -102,7 +102,7 @@ def make_model(sizes: dict[str, Any], folder: Path) -> None:
     with folder_written_whole(folder) as partial:
         weights = RandomWeights(sizes)
         write_safetensors(partial, weights, list(weights.facts), SHARD_BYTES)
-        (partial / WRITTEN_SUMS).unlink()  # a download has none
+        (partial / CHECKSUM_LIST).unlink()  # a download has none
         LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(partial)
         make_corpora(SampleCorpusConfig(output=partial / "corpora", size_mb=1.0))
         train_tokenizer(

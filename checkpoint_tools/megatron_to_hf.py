@@ -15,13 +15,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from checkpoint_tools.formats.file_checksums import WRITTEN_SUMS
 from checkpoint_tools.formats.huggingface_folder import HF_CONFIG_FILE, ExportFacts, write_folder
 from checkpoint_tools.formats.model_card import model_card
 from checkpoint_tools.formats.opened_model import HF_FILES_FOLDER, OpenedCheckpoint, OpenedModel, open_model
 from checkpoint_tools.formats.safetensors_files import write_safetensors
 from checkpoint_tools.formats.weight_map import weight_rules
 from checkpoint_tools.tensor_listing import list_tensors
+from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import new_folder
 from data_prep.text_tokenizer import load_tokenizer
@@ -129,7 +129,7 @@ def _checked_eos(folder: Path, fingerprint: str) -> int:
 
 
 def _is_export(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (HF_CONFIG_FILE, WRITTEN_SUMS, MODEL_CARD_FILE))
+    return all((folder / name).is_file() for name in (HF_CONFIG_FILE, CHECKSUM_LIST, MODEL_CARD_FILE))
 
 
 def main() -> None:

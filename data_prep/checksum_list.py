@@ -4,46 +4,59 @@ xxh3 runs at the speed of memory; it finds damage, not malice.
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 from data_prep.errors import UserError
+from data_prep.folder_paths import inside_folder
 from data_prep.output_files import file_checksum, write_text_whole
 
 CHECKSUM_LIST = "XXH128SUMS"
-CHECKSUM_DIGITS = 32
 LIST_LINE = re.compile(r"(?P<sum>[0-9a-f]{32,64}) [ *](?P<name>.+)")
 
 
 def write_checksum_list(folder: Path, sums: Mapping[str, str]) -> None:
     """Write the list; `sums` has the checksum of each file by its path under `folder`."""
-    lines = [f"{checksum}  {name}\n" for name, checksum in sorted(sums.items())]
+    lines = [f"{checksum}  {name}\n" for name, checksum in sums.items()]
     write_text_whole(folder / CHECKSUM_LIST, "".join(lines))
 
 
-def read_checksum_list(path: Path, digits: int = CHECKSUM_DIGITS) -> dict[str, str]:
-    """Checksums by file name, as the list at `path` has them.
+def parse_checksums(
+    path: Path, lines: Iterable[str], digits: int, remedy: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Name and checksum in each of the `lines` of the list at `path`, whatever folder the names lead to.
 
     Raises:
-        UserError: a line is not `digits` hex digits and a name, or the name leads out of the folder.
+        UserError: a line is not `digits` hex digits and a name; the message ends with `remedy`.
     """
-    sums = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         match = LIST_LINE.fullmatch(line)
         if not match or len(match["sum"]) != digits:
-            raise UserError(f"{path}: line {number} is not {digits} hex digits and a file name")
-        name = PurePosixPath(match["name"])
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path}: names {match['name']!r}, which is not in the folder")
-        sums[match["name"]] = match["sum"]
+            raise UserError(f"{path}: line {number} is not {digits} hex digits and a file name{remedy}")
+        yield match["name"], match["sum"]
+
+
+def read_checksum_list(path: Path) -> dict[str, str]:
+    """Checksums by file name, as our list at `path` has them.
+
+    Raises:
+        UserError: a line is not a checksum and a name, or the name leads out of the folder.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    sums = dict(parse_checksums(path, lines, digits=32))
+    for name in sums:
+        try:
+            inside_folder(name)
+        except ValueError:
+            raise UserError(f"{path}: names {name!r}, which is not in the folder") from None
     return sums
 
 
-def list_whole_folder(folder: Path) -> None:
-    """Write the list of all files that are in `folder` now; reads them whole."""
-    names = files_of(folder)
-    write_checksum_list(folder, {name: file_checksum(folder / name) for name in names})
+def list_whole_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the list of all files that are in `folder` now; reads those whole whose checksum is not `known`."""
+    sums = {name: known.get(name) or file_checksum(folder / name) for name in files_of(folder)}
+    write_checksum_list(folder, sums)
 
 
 def files_of(folder: Path) -> list[str]:

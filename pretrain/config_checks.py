@@ -3,10 +3,17 @@
 import math
 from collections.abc import Iterator
 
+from data_prep.errors import UserError
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.placement import chain_layers, place_layers
 
 MAY_BE_ZERO = ("regulariser_coefficient", "vocab_padding")
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise one error that lists all `problems`, if there are any."""
+    if problems:
+        raise UserError(f"{len(problems)} problem(s) in this run: " + "; ".join(problems))
 
 
 def find_problems(config: RunConfig, world_size: int) -> list[str]:

@@ -4,7 +4,6 @@ The sample order is a pure function of the seed and the shards: sample i of the 
 ranks, and a resumed run continues at the number of samples consumed so far.
 """
 
-import signal
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +15,7 @@ from data_prep.blended_data import BlendedData
 from data_prep.errors import UserError
 from pretrain.checked_shards import CheckedSamples, CheckedSamplesConfig, check_indexes
 from pretrain.config import RunConfig
-from pretrain.faults.stop_request import SIGNALS
+from pretrain.faults.stop_request import leave_signals_to_the_rank
 from pretrain.index_cache import whole_index_cache
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch
@@ -132,7 +131,8 @@ def micro_batches(
         samples,
         batch_sampler=_index_lists(config, context, first_sample, steps),  # type: ignore[arg-type]
         num_workers=config.data.loader_workers,
-        worker_init_fn=_leave_signals_to_the_rank,
+        # A loader process that dies of a signal takes its rank along, unsaved.
+        worker_init_fn=leave_signals_to_the_rank,
         pin_memory=context.device.type == "cuda",
     )
     for sample in _with_plain_errors(loader):
@@ -151,12 +151,6 @@ def _with_plain_errors(
         if loader.num_workers == 0:
             raise
         raise type(error)(str(error).splitlines()[-1].partition(": ")[2]) from error
-
-
-def _leave_signals_to_the_rank(_worker: int) -> None:
-    """A scheduler signals every process of a job; a loader that dies of it takes its rank along, unsaved."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _index_lists(config: RunConfig, context: ParallelContext, first_sample: int, steps: int) -> list[range]:

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from data_prep.errors import UserError, run_cli
-from pretrain.config_checks import find_problems
+from pretrain.config_checks import find_problems, refuse
 from pretrain.launching.launch_options import NodeLayout, parse_options
 from pretrain.launching.rank_exits import describe_end, most_telling
 from pretrain.launching.stop_signals import StopSignals
@@ -53,9 +53,7 @@ def launch(arguments: list[str], module: str = TRAIN_MODULE) -> int:
     if training.dry_run:
         plan_for = [] if training.gpus else ["--gpus", str(ranks)]
         return subprocess.call([sys.executable, "-m", module, *for_training, *plan_for])
-    problems = find_problems(config, ranks)
-    if problems:
-        raise UserError(f"{len(problems)} problem(s) in this run: " + "; ".join(problems))
+    refuse(find_problems(config, ranks))
     return _run(layout, job_folder(config.run_folder, job_name()), [module, *for_training])
 
 

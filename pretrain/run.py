@@ -16,7 +16,7 @@ from pretrain.checkpoints.checkpoint_folder import read_description, resolve_che
 from pretrain.checkpoints.checkpoint_saving import RunOrigin
 from pretrain.checkpoints.resume import newest_whole
 from pretrain.config import CONFIG_FILE, LOGS_FOLDER, METRICS_FILE, RunConfig
-from pretrain.config_checks import find_problems
+from pretrain.config_checks import find_problems, refuse
 from pretrain.cpu_redirects import use_deterministic_kernels
 from pretrain.data import build_datasets
 from pretrain.faults.bad_steps import RollBackError
@@ -27,7 +27,7 @@ from pretrain.optimization import build_optimizer, build_scheduler, wrap_for_dat
 from pretrain.parallel import ParallelContext, launched_rank, launched_world_size, parallel_context
 from pretrain.plan import print_plan
 from pretrain.recipes import dump_recipe, parse_recipe
-from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs, refuse
+from pretrain.run_checks import check, find_input_problems, flat_fields, missing_inputs
 from pretrain.run_record.environment import git_revision, write_environment
 from pretrain.run_record.history import History
 from pretrain.run_record.run_logs import job_name
@@ -118,15 +118,15 @@ def _train_to_the_end(
         if context.is_first_rank:
             print(f"{config.run_folder}: already at step {begin.step}; nothing to do")
         return
-    lost_steps = max(0, last_logged_step(config.run_folder / METRICS_FILE) - begin.step)
-    history.record(
-        "start",
-        from_step=begin.step,
-        lost_steps=lost_steps,
-        ranks=context.world_size,
-        job=job_name(),
-        revision=git_revision(),
-    )
+    if context.is_first_rank:  # the others need not read the metrics, nor ask git
+        history.record(
+            "start",
+            from_step=begin.step,
+            lost_steps=max(0, last_logged_step(config.run_folder / METRICS_FILE) - begin.step),
+            ranks=context.world_size,
+            job=job_name(),
+            revision=git_revision(),
+        )
     roll_backs = 0
     while True:
         loop = build_loop(config, context, blend, newest, history, watch, begin)
@@ -208,8 +208,12 @@ def prepare_run_folder(config: RunConfig, resume: bool, overwrite: bool) -> None
 def _write_run_folder(config: RunConfig, overwrite: bool) -> None:
     if overwrite:
         for path in config.run_folder.glob("*"):
-            if path.name != LOGS_FOLDER:  # this start already writes there
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if path.name == LOGS_FOLDER:  # this start already writes there
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
     config.run_folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(config.run_folder / CONFIG_FILE, dump_recipe(config))
     write_environment(config.run_folder)

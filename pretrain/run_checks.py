@@ -8,7 +8,7 @@ from pretrain.backends import find_backend_problems, find_backends
 from pretrain.checkpoints import checkpoint_folder
 from pretrain.checkpoints.resume import newest_described
 from pretrain.config import RunConfig
-from pretrain.config_checks import find_problems
+from pretrain.config_checks import find_problems, refuse
 from pretrain.data import find_data_problems
 from pretrain.parallel import launched_world_size
 from pretrain.plan import find_plan_problems
@@ -30,12 +30,6 @@ def check(config: RunConfig, resume: bool = False) -> BlendedData:
     refuse(problems + input_problems)
     assert blend is not None, "problem-free inputs include a blend"
     return blend
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise one error that lists all `problems`, if there are any."""
-    if problems:
-        raise UserError(f"{len(problems)} problem(s) in this run: " + "; ".join(problems))
 
 
 def find_device_problems(config: RunConfig, ranks: int, fits: bool) -> list[str]:

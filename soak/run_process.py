@@ -103,15 +103,6 @@ def is_saving(run_folder: Path) -> bool:
     return any((run_folder / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL_SUFFIX}"))
 
 
-def training_seconds(run_folder: Path) -> float:
-    """Seconds of the training steps in metrics.jsonl, each step once."""
-    lines = [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
-    train = [line for line in lines if line["split"] == "train"]
-    tokens = [after["consumed_tokens"] for after in train]
-    steps = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
-    return sum(count / line["tokens_per_second"] for count, line in zip(steps, train, strict=True))
-
-
 def _train_step(line: bytes) -> int | None:
     try:
         fields: dict[str, Any] = json.loads(line)

@@ -28,19 +28,20 @@ from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from benchmarks.train_bench_setup import write_recipe
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import write_json_whole
 from pretrain import cpu_redirects
 from pretrain.config import RunConfig
-from pretrain.run_record.run_status import read_status
+from pretrain.run_record.run_status import read_status, training_seconds
 from soak import small_disk
 from soak.faults import FaultName
 from soak.orders import order_nan_gradients
 from soak.outcomes import SoakResult
 from soak.plan import SoakPlan, make_plan
 from soak.report import faults_table, summary
-from soak.run_process import RunProcess, last_step, training_seconds
-from soak.soak_recipe import mark_as_started, prepare, soak_recipe, write_recipe
+from soak.run_process import RunProcess, last_step
+from soak.soak_recipe import mark_as_started, prepare, soak_recipe
 from soak.supervisor import Supervisor
 from soak.watched_run import WatchedRun
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.synthetic_blend import write_synthetic_blend
+from benchmarks.train_bench_setup import write_recipe
 from data_prep.errors import UserError
 from data_prep.output_files import write_text_whole
+from pretrain.checkpoints.checkpoint_folder import CHECKPOINTS_FOLDER
 from pretrain.config import CONFIG_FILE, RunConfig, StageName
 from pretrain.recipes import dump_recipe, recipe_from_fields
 from soak.plan import CHECKPOINT_INTERVAL_STEPS
@@ -80,16 +82,9 @@ def soak_recipe(folder: Path, name: str, stage: StageName, steps: int) -> RunCon
     return recipe if stage == "base" else replace(recipe, start_from=folder / "base")
 
 
-def write_recipe(recipe: RunConfig, folder: Path) -> Path:
-    """Write a recipe beside its run folder; the file."""
-    path = folder / f"{recipe.run_folder.name}.yaml"
-    write_text_whole(path, dump_recipe(recipe))
-    return path
-
-
 def mark_as_started(recipe: RunConfig) -> Path:
     """Make the run folder as a first start does, so that its checkpoints/ can be put elsewhere; that folder."""
-    checkpoints = recipe.run_folder / "checkpoints"
+    checkpoints = recipe.run_folder / CHECKPOINTS_FOLDER
     checkpoints.mkdir(parents=True)
     write_text_whole(recipe.run_folder / CONFIG_FILE, dump_recipe(recipe))
     return checkpoints

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import xxhash
 
+from data_prep.checksum_list import CHECKSUM_LIST, parse_checksums
 from data_prep.errors import UserError
-from data_prep.output_files import Digest, file_checksum, write_text_whole
+from data_prep.output_files import Digest, file_checksum
 
-WRITTEN_SUMS = "XXH128SUMS"
-SUMS_LINE = re.compile(r"(?P<sum>[0-9a-f]{32,64}) [ *](?P<name>.+)")
 HUB_BLOB = re.compile(r"(?:.*/)?blobs/(?P<sum>[0-9a-f]{64})")
 
 
-DIGESTS: Mapping[str, Callable[[], Digest]] = {"SHA256SUMS": hashlib.sha256, WRITTEN_SUMS: xxhash.xxh3_128}
+DIGESTS: Mapping[str, Callable[[], Digest]] = {"SHA256SUMS": hashlib.sha256, CHECKSUM_LIST: xxhash.xxh3_128}
 
 
 def recorded_sums(folder: Path, shards: Iterable[Path]) -> dict[Path, tuple[str, str]]:
@@ -41,26 +40,15 @@ def file_sum(path: Path, kind: str, report: Callable[[int], object] = lambda cou
     return file_checksum(path, DIGESTS[kind](), report)
 
 
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write our list of checksums by file name."""
-    write_text_whole(
-        folder / WRITTEN_SUMS, "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())
-    )
-
-
 def _listed_sums(folder: Path, name: str) -> dict[Path, str]:
     path, digits = folder / name, len(DIGESTS[name]().hexdigest())
     if not path.is_file():
         return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        match = SUMS_LINE.fullmatch(line)
-        if not match or len(match["sum"]) != digits:
-            raise UserError(
-                f"{path}: line {number} is not {digits} hex digits and a file name; download it again"
-            )
-        refuse_other_folders(path, match["name"])
-        sums[folder / match["name"]] = match["sum"]
+    for file, checksum in parse_checksums(path, lines, digits, "; download it again"):
+        refuse_other_folders(path, file)
+        sums[folder / file] = checksum
     return sums
 
 

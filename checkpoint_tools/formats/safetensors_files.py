@@ -22,15 +22,14 @@ from tqdm import tqdm
 
 from checkpoint_tools.formats.file_checksums import (
     DIGESTS,
-    WRITTEN_SUMS,
     file_sum,
     recorded_sums,
     refuse_other_folders,
-    write_sums,
 )
 from checkpoint_tools.formats.safetensors_header import TensorPlace, damaged_file, header_of, read_header
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader, read_ahead
 from data_prep.blending.flush import BackgroundFlush
+from data_prep.checksum_list import CHECKSUM_LIST, write_checksum_list
 from data_prep.errors import IntegrityError, UserError
 from data_prep.output_files import read_json_object, write_json_whole
 
@@ -279,8 +278,8 @@ def write_safetensors(
             sums[file] = _write_shard(folder / file, headers[file], tensors, reader, bar.update)
     if len(plan) > 1:
         write_json_whole(folder / INDEX_NAME, _index_of(plan))
-        sums[INDEX_NAME] = file_sum(folder / INDEX_NAME, WRITTEN_SUMS)
-    write_sums(folder, sums)
+        sums[INDEX_NAME] = file_sum(folder / INDEX_NAME, CHECKSUM_LIST)
+    write_checksum_list(folder, sums)
 
 
 def _after_cast(facts: TensorFacts, dtype: torch.dtype | None) -> TensorFacts:
@@ -304,7 +303,7 @@ def _write_shard(
     report: Callable[[int], object],
 ) -> str:
     """Returns the file's checksum, of what was written; its bytes are on the disk."""
-    digest = DIGESTS[WRITTEN_SUMS]()
+    digest = DIGESTS[CHECKSUM_LIST]()
     with path.open("wb") as stream, BackgroundFlush(path) as flush:
         digest.update(memoryview(header))
         stream.write(header)

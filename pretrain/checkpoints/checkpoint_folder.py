@@ -124,11 +124,11 @@ def read_description(checkpoint: Path) -> CheckpointDescription:
                 f"{file}: format {fields.get('format_version')}, this code reads {FORMAT_VERSION}"
             )
         return CheckpointDescription(**fields | {"loop": LoopState(**fields["loop"])})
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file}: not found; {checkpoint} is not a complete checkpoint") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: damaged ({error}); use another checkpoint of the run") from None
 
 

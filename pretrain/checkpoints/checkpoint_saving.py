@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.optimizer import MegatronOptimizer
 
-from data_prep.checksum_list import write_checksum_list
+from data_prep.checksum_list import list_whole_folder
 from data_prep.errors import StorageError
-from data_prep.output_files import PARTIAL_SUFFIX, file_checksum, partial_path, write_json_whole
+from data_prep.output_files import PARTIAL_SUFFIX, partial_path, write_json_whole
 from pretrain.checkpoints.checkpoint_folder import (
     CHECKPOINTS_FOLDER,
     DESCRIPTION_FILE,
@@ -36,6 +36,7 @@ from pretrain.checkpoints.checkpoint_writer import (
     FolderPlan,
     WriterProcess,
     Written,
+    describe_failure,
     plan_folder,
 )
 from pretrain.checkpoints.checkpointing import OPTIMIZER_FORMAT, sharded_weights
@@ -103,6 +104,7 @@ class CheckpointSaver:
         """`beat` is called while training waits for a save, so that it does not look like a hang."""
         self.config, self.context, self.origin, self.history = config, context, origin, history
         self.beat = beat
+        self._recipe = recipe_fields(config)  # once, not in every save, for which training waits
         self._owed_from: int | None = None
         self._current: _Save | None = None
         self._failures_in_a_row = 0
@@ -235,7 +237,7 @@ class CheckpointSaver:
             start_from=os.path.relpath(origin.start, config.run_folder) if origin.start else None,
             tokenizer_fingerprint=origin.tokenizer_fingerprint,
             data_fingerprint=origin.data_fingerprint,
-            recipe=recipe_fields(config),
+            recipe=self._recipe,
             loop=snapshot.loop,
             fingerprints=snapshot.fingerprints,
             megatron_version=version("megatron-core"),
@@ -250,7 +252,7 @@ class CheckpointSaver:
                 for name in ("weights", "optimizer"):
                     (partial / name).mkdir(parents=True)
             except OSError as error:
-                problem = _in_words(error)
+                problem = describe_failure(error)
         return self.context.from_first_rank(problem)
 
     def _commit(self, save: _Save) -> str | None:
@@ -263,7 +265,7 @@ class CheckpointSaver:
             try:
                 self._publish(save, [share for share in shares if share is not None])
             except OSError as error:
-                problem = _in_words(error)
+                problem = describe_failure(error)
         return self.context.from_first_rank(problem)
 
     def _publish(self, save: _Save, shares: list[Written]) -> None:
@@ -274,11 +276,7 @@ class CheckpointSaver:
             plan.writer.finish(plan.metadata, [share.results[number] for share in shares])
             save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(partial / plan.name))
         write_json_whole(partial / DESCRIPTION_FILE, asdict(save.description))
-        for path in (p for p in partial.rglob("*") if p.is_file()):
-            name = path.relative_to(partial).as_posix()
-            if name not in checksums:
-                checksums[name] = file_checksum(path)
-        write_checksum_list(partial, checksums)
+        list_whole_folder(partial, known=checksums)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _remove_old(self.config)
@@ -321,10 +319,6 @@ class CheckpointSaver:
                 f"and saves again after step {self._owed_from}",
                 flush=True,
             )
-
-
-def _in_words(error: OSError) -> str:
-    return f"{error.filename or 'the file system'}: {error.strerror}"
 
 
 def _remove_partial(run_folder: Path) -> None:

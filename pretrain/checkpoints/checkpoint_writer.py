@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from data_prep.output_files import file_checksum
 from data_prep.process_ties import die_with_parent
+from pretrain.faults.stop_request import leave_signals_to_the_rank
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 
@@ -145,13 +146,13 @@ class WriterProcess:
 def _write(plans: list[FolderPlan], checkpoint: Path, answer: Connection, parent: int) -> None:
     """The process: sends a `Written`, or what went wrong as text."""
     die_with_parent(parent)
-    for ours in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the rank decides what they mean
-        signal.signal(ours, signal.SIG_IGN)
+    leave_signals_to_the_rank()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # the threads of the parent's pool are not here
     try:
         answer.send(_write_plans(plans, checkpoint))
     except Exception as error:
-        answer.send(_reason(error))
+        answer.send(describe_failure(error))
 
 
 def _write_plans(plans: list[FolderPlan], checkpoint: Path) -> Written:
@@ -187,7 +188,7 @@ def _write_bucket(writer: FileSystemWriterAsync, bucket: WriteBucket) -> list[Wr
     return answer
 
 
-def _reason(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """The failing disk, where there is one under torch's own words, else the error."""
     cause: BaseException | None = error
     while cause is not None:

@@ -5,7 +5,16 @@ import threading
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_signals_to_the_rank(*_: object) -> None:
+    """For a process beside a rank: a scheduler signals every process of a job, and the rank decides what that means.
+
+    Takes the worker's number that torch's data loader passes, too.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -16,7 +25,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python handles signals there alone
-            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from data_prep.errors import HANG_EXIT_CODE, STOPPED_EXIT_CODE
+from pretrain.faults.stop_request import STOP_SIGNALS
 
 FOUND_OUT_CODES = range(2, HANG_EXIT_CODE)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class RankEnd(NamedTuple):

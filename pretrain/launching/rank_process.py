@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from data_prep.process_ties import die_with_parent
+from pretrain.faults.stop_request import STOP_SIGNALS
 from pretrain.run_record.run_logs import rank_log
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
     # The launcher holds its signals back and passes them on. One that comes before the run can save ends this process.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

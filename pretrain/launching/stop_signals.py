@@ -10,9 +10,9 @@ from typing import Self
 import psutil
 
 from data_prep.errors import STOPPED_EXIT_CODE
+from pretrain.faults.stop_request import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
-ALWAYS_PASSED_ON = {signal.SIGTERM, signal.SIGUSR1}
 FROM_A_TERMINAL = {
     signal.SIGINT,
     signal.SIGHUP,
@@ -32,7 +32,7 @@ class StopSignals:
         self._rank_module = rank_module
         self._ranks_started = threading.Event()
         self._done = threading.Event()
-        self._signals = ALWAYS_PASSED_ON | {
+        self._signals = set(STOP_SIGNALS) | {
             number for number in FROM_A_TERMINAL if signal.getsignal(number) is not signal.SIG_IGN
         }
         self._thread = threading.Thread(target=self._wait_for_signals, daemon=True)

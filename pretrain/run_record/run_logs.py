@@ -64,7 +64,7 @@ def shown(log: Path) -> Iterator[None]:
 def _follow(log: Path, start: int, ended: threading.Event) -> None:
     with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
         while not log.exists():
-            if ended.wait(FOLLOW_SECONDS):
+            if ended.wait(FOLLOW_SECONDS) and not log.exists():  # it may have come meanwhile
                 return
         with log.open("rb", buffering=0) as stream:
             stream.seek(start)

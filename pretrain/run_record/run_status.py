@@ -207,6 +207,14 @@ def _is_launcher(pid: int) -> bool:
         return False
 
 
+def training_seconds(run_folder: Path) -> float:
+    """Seconds of the training steps in metrics.jsonl, each step once."""
+    lines = _read_metrics(run_folder / METRICS_FILE)
+    return sum(
+        seconds for _, seconds in _seconds_of_steps([line for line in lines if line["split"] == "train"])
+    )
+
+
 def _seconds_of_steps(train: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """Tokens and seconds that each line of metrics stands for."""
     result, tokens_before = [], 0

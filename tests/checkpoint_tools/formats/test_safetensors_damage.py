@@ -15,8 +15,8 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from checkpoint_tools.formats.file_checksums import WRITTEN_SUMS
 from checkpoint_tools.formats.safetensors_files import INDEX_NAME, open_safetensors
+from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import IntegrityError, UserError
 from tests.checkpoint_tools.formats.safetensors_folders import bits, read_all, write
 
@@ -120,7 +120,7 @@ def test_names_never_lead_out_of_the_folder(three_shards: Path, name: str) -> No
     edit_index(three_shards, lambda weight_map: weight_map.update(a=name))
     assert "is no plain file name" in refusal(three_shards)
     (three_shards / INDEX_NAME).unlink()
-    (three_shards / WRITTEN_SUMS).write_text(f"{'0' * 32}  {name}\n")
+    (three_shards / CHECKSUM_LIST).write_text(f"{'0' * 32}  {name}\n")
     with pytest.raises(UserError, match="which is not in the folder"):
         open_safetensors(three_shards).check_files(progress=False)
 
@@ -181,15 +181,15 @@ def test_a_flipped_bit_is_found(three_shards: Path) -> None:
 
 def test_sums_are_those_of_xxhsum(three_shards: Path) -> None:
     """A line a file: XXH128 in hexadecimal, two spaces, the name."""
-    lines = (three_shards / WRITTEN_SUMS).read_text().splitlines()
-    files = sorted(path for path in three_shards.iterdir() if path.name != WRITTEN_SUMS)
+    lines = (three_shards / CHECKSUM_LIST).read_text().splitlines()
+    files = sorted(path for path in three_shards.iterdir() if path.name != CHECKSUM_LIST)
     assert sorted(lines, key=lambda line: line[34:]) == [
         f"{xxhash.xxh128_hexdigest(file.read_bytes())}  {file.name}" for file in files
     ]
 
 
 def test_sums_of_sha256sum_count_too(three_shards: Path) -> None:
-    (three_shards / WRITTEN_SUMS).unlink()
+    (three_shards / CHECKSUM_LIST).unlink()
     shard = three_shards / "model-00001-of-00003.safetensors"
     (three_shards / "SHA256SUMS").write_text(
         f"{hashlib.sha256(shard.read_bytes()).hexdigest()} *{shard.name}\n"
@@ -205,7 +205,7 @@ def test_sums_of_sha256sum_count_too(three_shards: Path) -> None:
 
 def test_sums_that_cannot_be_used(three_shards: Path) -> None:
     source = open_safetensors(three_shards)
-    sums = three_shards / WRITTEN_SUMS
+    sums = three_shards / CHECKSUM_LIST
     sums.write_text(sums.read_text() + f"{'0' * 32}  gone\n")
     with pytest.raises(UserError, match="gone: is named in XXH128SUMS but is missing"):
         source.check_files(progress=False)

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from checkpoint_tools.formats.file_checksums import WRITTEN_SUMS
 from checkpoint_tools.formats.safetensors_files import (
     INDEX_NAME,
     open_safetensors,
@@ -27,6 +26,7 @@ from checkpoint_tools.formats.safetensors_files import (
     write_safetensors,
 )
 from checkpoint_tools.formats.tensor_reader import TensorFacts
+from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import IntegrityError
 from tests.checkpoint_tools.formats.safetensors_folders import (
     FACTS,
@@ -83,7 +83,7 @@ def test_one_file_is_byte_for_byte_the_library_s(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = (tmp_path / "theirs.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == theirs
-    assert sorted(path.name for path in folder.iterdir()) == [WRITTEN_SUMS, "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [CHECKSUM_LIST, "model.safetensors"]
 
 
 def small_llama() -> LlamaForCausalLM:
