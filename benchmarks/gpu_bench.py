@@ -1,19 +1,21 @@
-"""How fast both stages train on one GPU, beside what its matrix products reach at best.
+"""How fast the stages train on one GPU, beside full training of the same base and the best of its matrix products.
 
     python benchmarks/gpu_bench.py     (make bench-gpu)
 
 First the ceiling: products of the sizes of the model's own layers, in BF16 and, where the machine has it, FP8. Then
-stages `idm` and `policy` by the trainer's own loop, random weights and random tokens, in BF16 and with FP8 in base and
-trained parts; each in a process of its own. The layers are Llama-3.1-8B's; the base has fewer of them by default, so
-that one GPU of 80 GB holds it. Prints a table and writes `runs/bench/gpu.json`. TFLOP/s count what the method needs
-(pretrain/flops.py). Without a CUDA device it ends with exit code 2.
+stages `idm` and `policy` on Llama-3.1-8B by the trainer's own loop, random weights and random tokens, in BF16 and with
+FP8 in base and trained parts. Then, in BF16, full training of the base (stage `base`) and both stages at half the
+depth, since a single GPU does not hold the gradients and moments of 8 billion weights: what freezing the base saves,
+measured and by FLOPs. Each in a process of its own; what does not fit by the planner is left out and said. Prints a
+table and writes `runs/bench/gpu.json`. TFLOP/s count what the method needs (pretrain/flops.py). Without a CUDA device
+it ends with exit code 2.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,20 +31,22 @@ from data_prep.output_files import write_json_whole
 from pretrain import cpu_redirects
 from pretrain.backends import Backends, find_backends
 from pretrain.config import RunConfig
+from pretrain.planning.memory import GIB, fullest_stage_memory
 from pretrain.recipes import recipe_from_fields
 
-STAGES = ("idm", "policy")
 FP8_RECIPE = "tensorwise"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchConfig:
-    """Time both stages on one GPU; the sizes are Llama-3.1-8B's, but for the depth of the base."""
+    """Time the stages on one GPU; the sizes are Llama-3.1-8B's."""
 
     folder: Path = Path("runs/bench")
     """Folder for everything that is written; the figures go to gpu.json in it."""
-    num_layers: int = 16
-    """Decoder blocks of the base (Llama-3.1-8B has 32)."""
+    num_layers: int = 32
+    """Decoder blocks of the base."""
+    full_training_num_layers: int = 16
+    """The same where the base is also trained itself, for comparison; 16 need a GPU of 141 GB."""
     hidden_size: int = 4096
     """Width of the residual stream; heads are 128 wide, with a key/value head for every four query heads."""
     ffn_hidden_size: int = 14336
@@ -53,14 +57,36 @@ class GpuBenchConfig:
     """Tokens a sample."""
     micro_batch_size: int = 4
     """Sequences at once."""
+    base_micro_batch_size: int = 16
+    """Sequences that go through the frozen base at once."""
     global_batch_size: int = 16
     """Sequences a step."""
-    steps: int = 12
+    steps: int = 7
     """Optimizer steps of each run."""
-    warmup_steps: int = 4
+    warmup_steps: int = 2
     """First steps that are not timed: kernels are chosen and memory is fetched in them."""
-    product_seconds: float = 2.0
+    product_seconds: float = 1.0
     """Least time that each matrix product is repeated for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run to measure."""
+
+    stage: str
+    """`base` is full training of the base."""
+    num_layers: int
+    """Decoder blocks of the base."""
+    precision: str = "bf16"
+    """Of what is trained: `bf16`; on a CPU `fp32`."""
+    fp8: str = "off"
+    """FP8 recipe of base and trained parts."""
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        stage = "full training" if self.stage == "base" else self.stage
+        return f"{stage}, {self.num_layers} blocks, {self.precision if self.fp8 == 'off' else 'fp8'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +101,43 @@ class RunFigures:
     """Peak, as torch counts it."""
     seconds_per_step: float
     """Of the median step."""
+    flops_per_token: float
+    """What the method needs."""
 
 
-def bench_recipe(config: GpuBenchConfig, stage: str, precision: str, fp8: str, blend: Path) -> RunConfig:
-    """The recipe of one run: IDM of 4, merge of 2 and policy of 8 layers, as in configs/."""
+def bench_recipe(config: GpuBenchConfig, run: Run, blend: Path) -> RunConfig:
+    """The recipe of one run: for 32 blocks of the base an IDM of 4, merge of 2, policy of 8 layers, as in configs/."""
     heads = config.hidden_size // 128
+    frozen = {"base_fp8": run.fp8, "base_micro_batch_size": config.base_micro_batch_size}
     return recipe_from_fields(
         {
-            "stage": stage,
-            "run_folder": str(config.folder / "gpu" / f"{stage}_{precision}_{fp8}"),
+            "stage": run.stage,
+            "run_folder": str(config.folder / "gpu" / "runs"),
             "model": {
                 "vocab_size": config.vocab_size,
                 "hidden_size": config.hidden_size,
                 "ffn_hidden_size": config.ffn_hidden_size,
-                "num_layers": config.num_layers,
+                "num_layers": run.num_layers,
                 "num_attention_heads": heads,
                 "num_key_value_heads": max(heads // 4, 1),
                 "head_size": 128,
                 "rope_scaling_factor": 8.0,
             },
+            "actions": {
+                "num_idm_layers": max(run.num_layers // 8, 1),
+                "num_merge_layers": max(run.num_layers // 16, 1),
+                "num_policy_layers": max(run.num_layers // 4, 1),
+            },
             "data": {"path": str(blend), "sequence_length": config.sequence_length},
             "training": {
-                "steps": config.steps,
+                "steps": config.steps + 2,  # so that the base has as much to run ahead of the last timed step
                 "global_batch_size": config.global_batch_size,
                 "micro_batch_size": config.micro_batch_size,
-                "precision": precision,
-                "fp8": fp8,
-                "base_fp8": fp8,
+                "precision": run.precision,
+                "fp8": run.fp8,
+                **(frozen if run.stage != "base" else {}),
             },
-            "optimizer": {"warmup_steps": 0, "decay_steps": config.steps},
+            "optimizer": {"warmup_steps": 0, "decay_steps": config.steps + 2},
             "validation": {"steps": 1},
             "logging": {"wandb": "off"},
         },
@@ -111,8 +145,8 @@ def bench_recipe(config: GpuBenchConfig, stage: str, precision: str, fp8: str, b
     )
 
 
-def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
-    """Build the stage with random weights and time its steps, without validation, logging or checkpoints."""
+def measure_run(recipe: RunConfig, steps: int, warmup_steps: int) -> RunFigures:
+    """Build the stage with random weights and time `steps`, without validation, logging or checkpoints."""
     cpu_redirects.apply()  # before the imports below, which load Megatron
     from data_prep.blended_data import open_blend
     from pretrain.faults.hang_watch import HangWatch
@@ -129,7 +163,7 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
             recipe, context, open_blend(recipe.data.path), newest=None, history=history, watch=HangWatch(60)
         )
         batches, means = loop.training_batches(), MeanOfSteps(context)
-        for _ in range(recipe.training.steps):
+        for _ in range(steps):
             _synchronize(context.device)
             started = time.perf_counter()
             loop.train_step(batches, means)
@@ -137,22 +171,26 @@ def measure_run(recipe: RunConfig, warmup_steps: int) -> RunFigures:
             seconds.append(time.perf_counter() - started)
         memory_gib = peak_memory_gib(context)
     median = statistics.median(seconds[warmup_steps:])
-    rate = recipe.tokens_per_step / median
+    rate, flops = recipe.tokens_per_step / median, sum(flops_per_token(recipe).values())
     return RunFigures(
         tokens_per_second=rate,
-        tflops_per_second=rate * sum(flops_per_token(recipe).values()) / 1e12,
+        tflops_per_second=rate * flops / 1e12,
         memory_gib=memory_gib,
         seconds_per_step=median,
+        flops_per_token=flops,
     )
 
 
-def measure_products(config: GpuBenchConfig, precision: str) -> float:
-    """TFLOP/s of the fastest `bf16` or `fp8` product among the model's own, each of a micro-batch's tokens."""
+def measure_products(config: GpuBenchConfig, precisions: tuple[str, ...]) -> dict[str, float]:
+    """By precision, `bf16` or `fp8`, TFLOP/s of the fastest of the model's own products of a micro-batch's tokens."""
     device = cpu_redirects.training_device()
     tokens = config.micro_batch_size * config.sequence_length
     wide, narrow = 2 * config.ffn_hidden_size, config.hidden_size
     sizes = [(tokens, wide, narrow), (tokens, narrow, wide // 2), (tokens, narrow, narrow)]
-    return max(_time_product(*size, precision, device, config.product_seconds) for size in sizes)
+    return {
+        precision: max(_time_product(*size, precision, device, config.product_seconds) for size in sizes)
+        for precision in precisions
+    }
 
 
 def _time_product(
@@ -191,47 +229,73 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def results_table(runs: dict[str, RunFigures], ceilings: dict[str, float], title: str) -> Table:
+def runs_to_measure(config: GpuBenchConfig, fp8: bool) -> list[Run]:
+    """Both stages at the model's depth in every precision, then full training, and they at its depth."""
+    recipes = ("off", FP8_RECIPE) if fp8 else ("off",)
+    depth = config.full_training_num_layers
+    return [
+        *(Run(stage=s, num_layers=config.num_layers, fp8=f) for f in recipes for s in ("idm", "policy")),
+        *(Run(stage=stage, num_layers=depth) for stage in ("base", "idm", "policy")),
+    ]
+
+
+def results_table(figures: dict[Run, RunFigures], ceilings: dict[str, float], title: str) -> Table:
     """A row a run; a run with FP8 is held against the FP8 ceiling, though attention and head stay in BF16."""
     table = Table("run", "tokens/s", "TFLOP/s", "of ceiling", "GiB", "s/step", title=title)
-    for name, figures in runs.items():
-        ceiling = ceilings["bf16" if name.endswith("bf16") else "fp8"]
+    for run, reached in figures.items():
+        ceiling = ceilings["bf16" if run.fp8 == "off" else "fp8"]
         table.add_row(
-            name,
-            f"{figures.tokens_per_second:,.0f}",
-            f"{figures.tflops_per_second:.1f}",
-            f"{figures.tflops_per_second / ceiling:.1%}",
-            f"{figures.memory_gib:.1f}",
-            f"{figures.seconds_per_step:.3f}",
+            run.name,
+            f"{reached.tokens_per_second:,.0f}",
+            f"{reached.tflops_per_second:.1f}",
+            f"{reached.tflops_per_second / ceiling:.1%}",
+            f"{reached.memory_gib:.1f}",
+            f"{reached.seconds_per_step:.3f}",
         )
     return table
 
 
-def run_all(config: GpuBenchConfig, backends: Backends) -> tuple[dict[str, float], dict[str, RunFigures]]:
-    """Ceilings by precision, and figures by run; every measurement in a process of its own."""
-    precisions = ("bf16", "fp8") if FP8_RECIPE in backends.fp8_recipes else ("bf16",)
+def times_full_training(figures: dict[Run, RunFigures]) -> dict[str, dict[str, float]]:
+    """Of each run at whose depth and precision the base was trained as well: how often its rate, measured and ideal."""
+    answer = {}
+    for run, reached in figures.items():
+        full = figures.get(replace(run, stage="base"))
+        if run.stage != "base" and full is not None:
+            answer[run.name] = {
+                "measured": reached.tokens_per_second / full.tokens_per_second,
+                "by_flops": full.flops_per_token / reached.flops_per_token,
+            }
+    return answer
+
+
+def measure_all(
+    config: GpuBenchConfig, backends: Backends, console: Console
+) -> tuple[dict[str, float], dict[Run, RunFigures]]:
+    """Ceilings by precision, and figures by run, told as they come; every measurement in a process of its own."""
+    fp8 = FP8_RECIPE in backends.fp8_recipes
     blend = config.folder / "gpu" / "random_tokens"
-    tokens = (config.steps * config.global_batch_size + 1) * config.sequence_length
+    tokens = ((config.steps + 2) * config.global_batch_size + 1) * config.sequence_length
     validation_tokens = (config.global_batch_size + 1) * config.sequence_length
     write_synthetic_blend(blend, config.vocab_size, tokens, validation_tokens)
+    figures = {}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        ceilings = {
-            precision: pool.submit(measure_products, config, precision).result() for precision in precisions
-        }
-        runs = {}
-        for stage in STAGES:
-            for precision in precisions:
-                fp8 = FP8_RECIPE if precision == "fp8" else "off"
-                recipe = bench_recipe(config, stage, "bf16", fp8, blend)
-                try:
-                    figures = pool.submit(measure_run, recipe, config.warmup_steps).result()
-                except torch.OutOfMemoryError as error:
-                    raise UserError(
-                        f"--num-layers {config.num_layers}, --micro-batch-size {config.micro_batch_size}: "
-                        f"stage {stage} does not fit into {backends.device_memory_gib} GiB; lower one of them"
-                    ) from error
-                runs[f"{stage} {precision}"] = figures
-    return ceilings, runs
+        precisions = ("bf16", "fp8") if fp8 else ("bf16",)
+        ceilings = pool.submit(measure_products, config, precisions).result()
+        for precision, tflops in ceilings.items():
+            console.print(f"ceiling of {precision} matrix products: {tflops:.0f} TFLOP/s")
+        for run in runs_to_measure(config, fp8):
+            recipe = bench_recipe(config, run, blend)
+            needed_gib = sum(fullest_stage_memory(recipe, 1)[1].values()) / GIB
+            if backends.device_memory_gib is not None and needed_gib > backends.device_memory_gib:
+                console.print(f"{run.name}: left out, it needs {needed_gib:.0f} GiB by the planner")
+                continue
+            try:
+                figures[run] = pool.submit(measure_run, recipe, config.steps, config.warmup_steps).result()
+            except torch.OutOfMemoryError:
+                console.print(f"{run.name}: left out, it did not fit into {backends.device_memory_gib} GiB")
+                continue
+            console.print(f"{run.name}: {figures[run].tokens_per_second:,.0f} tokens/s")
+    return ceilings, figures
 
 
 def main() -> None:
@@ -246,20 +310,22 @@ def main() -> None:
         raise UserError(
             f"--warmup-steps {config.warmup_steps}: leaves none of --steps {config.steps} to time"
         )
-    ceilings, runs = run_all(config, backends)
     console = Console()
-    console.print(
-        results_table(runs, ceilings, f"{backends.device_name}, base of {config.num_layers} layers")
-    )
-    for name, tflops in ceilings.items():
-        console.print(f"ceiling of {name} matrix products: {tflops:.0f} TFLOP/s")
+    ceilings, figures = measure_all(config, backends, console)
+    console.print(results_table(figures, ceilings, str(backends.device_name)))
+    ratios = times_full_training(figures)
+    for name, ratio in ratios.items():
+        console.print(
+            f"{name}: {ratio['measured']:.2f} times full training, by FLOPs {ratio['by_flops']:.2f}"
+        )
     if "fp8" not in ceilings:
         console.print("no FP8 here: it needs a GPU of compute capability 9.0 and Transformer Engine")
     content = {
         "machine": describe_machine() | {"torch": torch.__version__, **asdict(backends)},
         "settings": {name: value for name, value in asdict(config).items() if name != "folder"},
         "ceiling_tflops": ceilings,
-        "runs": {name: asdict(figures) for name, figures in runs.items()},
+        "runs": {run.name: asdict(reached) for run, reached in figures.items()},
+        "times_full_training": ratios,
     }
     write_json_whole(config.folder / "gpu.json", content)
 

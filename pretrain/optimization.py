@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -90,13 +91,14 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
     return optimizer
 
 
+def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _with_torch_adamw(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The optimizers inside whose AdamW is torch's, neither Transformer Engine's nor apex's."""
-    return [
-        distributed
-        for distributed in getattr(optimizer, "chained_optimizers", [optimizer])
-        if isinstance(distributed.optimizer, torch.optim.AdamW)
-    ]
+    inside = _distributed_optimizers(optimizer)
+    return [distributed for distributed in inside if isinstance(distributed.optimizer, torch.optim.AdamW)]
 
 
 def refuse_non_finite_gradients(optimizer: MegatronOptimizer) -> None:
@@ -154,6 +156,22 @@ def make_savable(optimizer: MegatronOptimizer) -> None:
         dist.all_reduce(step, op=dist.ReduceOp.MAX)
         if not own:
             adamw.state[_NO_TENSOR_HERE] = {"step": step}
+
+
+@contextmanager
+def own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Load a checkpoint's state without its settings: those are the recipe's, and of this machine's kind of AdamW.
+
+    Transformer Engine's and torch's have different ones, and each fails without its own. Only the step is state; one
+    counts it as an integer, the other as a number with a point.
+    """
+    inside = [distributed.optimizer for distributed in _distributed_optimizers(optimizer)]
+    before = [[dict(group) for group in adamw.param_groups] for adamw in inside]
+    yield
+    for adamw, groups in zip(inside, before, strict=True):
+        for group, own in zip(adamw.param_groups, groups, strict=True):
+            step = {"step": int(group["step"])} if "step" in group else {}
+            group |= {name: value for name, value in own.items() if name != "params"} | step
 
 
 def make_loadable(optimizer: MegatronOptimizer) -> None:

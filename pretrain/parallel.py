@@ -132,7 +132,9 @@ def _no_shared_embedding(ranks: list[int], *_: object) -> list[int]:
 
 def _initialize_process_group() -> None:
     backend = "nccl" if cpu_redirects.on_cuda() else "gloo"
+    # NCCL would otherwise guess the device of each collective that comes without a tensor.
+    device = cpu_redirects.training_device() if cpu_redirects.on_cuda() else None
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=device)
     else:  # a single process needs no rendezvous
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)

@@ -21,7 +21,7 @@ from pretrain.checkpoints.checkpoint_folder import locate_parts, read_descriptio
 from pretrain.checkpoints.safe_pickle import refuse_foreign_code
 from pretrain.fingerprint import differing_tensors, fingerprint_tensors
 from pretrain.model.cola import ColaModel
-from pretrain.optimization import make_loadable
+from pretrain.optimization import make_loadable, own_settings
 
 # Optimizer state by parameter, not by rank, so that another layout of ranks can load it.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -115,7 +115,9 @@ def load_optimizer(
     requested = optimizer.sharded_state_dict(
         sharded_weights(model, parts), is_loading=True, metadata=OPTIMIZER_FORMAT
     )
-    optimizer.load_state_dict(_load({"optimizer": requested}, checkpoint / "optimizer")["optimizer"])
+    loaded = _load({"optimizer": requested}, checkpoint / "optimizer")["optimizer"]
+    with own_settings(optimizer):
+        optimizer.load_state_dict(loaded)
 
 
 def _load(requested: dict[str, Any], folder: Path) -> dict[str, Any]:

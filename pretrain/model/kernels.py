@@ -5,7 +5,6 @@ norms differ in the module (`local_name`).
 Shapes: S sequence, B batch, H hidden.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from pretrain.backends import find_backends
 from pretrain.cpu_redirects import on_cuda
 from pretrain.model.attention import ScaledDotProductCoreAttention
 from pretrain.model.gated_mlp import GatedMlp
 from pretrain.model.norm import RmsNorm
-from pretrain.model.specs import InitMethod, seeded
+from pretrain.model.specs import InitMethod, seeded, uses_transformer_engine
 from pretrain.model.tensor_region import RegionLinear, enter_tensor_region
 
 # Transformer Engine keeps these norms in the linear layers that they feed.
@@ -34,12 +32,6 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-
-
-@cache
-def uses_transformer_engine() -> bool:
-    """True where models are built of Transformer Engine's modules."""
-    return find_backends().layer_spec == "transformer_engine"
 
 
 def local_name(parameter_name: str) -> str:

@@ -6,17 +6,25 @@ Built last and never changed afterwards: Megatron derives fields when it is cons
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pretrain.backends import find_backends
 from pretrain.config import RunConfig
 from pretrain.cpu_redirects import on_cuda
 from pretrain.placement import place_layers
 from pretrain.planning.parameters import trained_parts
 
 InitMethod = Callable[[torch.Tensor], torch.Tensor]
+
+
+@cache
+def uses_transformer_engine() -> bool:
+    """True where models are built of Transformer Engine's modules."""
+    return find_backends().layer_spec == "transformer_engine"
 
 
 @contextmanager
@@ -69,6 +77,7 @@ def transformer_config(config: RunConfig, part: str) -> TransformerConfig:
         persist_layer_norm=False,
         bias_activation_fusion=True,  # keeps 3 F-wide tensors a token for the backward pass instead of 5
         bias_dropout_fusion=False,
+        apply_rope_fusion=uses_transformer_engine(),  # one pass over queries and keys instead of six
     )
 
 

@@ -2,7 +2,8 @@
 
 The head gets no gradient, and each token's loss depends on its own logits alone, so the gradient of the loss to the
 state is computed beside the loss, chunk by chunk, for the price of the two products that any backward pass needs. In
-training nothing of the vocabulary's width is kept.
+training nothing of the vocabulary's width is kept. Between the products Transformer Engine's kernel, where it is there,
+passes over the logits three times; a dozen operations of torch's, in fp32, take as long as a fifth of the products.
 
 Shapes: S sequence, B batch, H hidden, T tokens of a chunk, V vocabulary (this tensor-parallel rank's
 part, padding included).
@@ -11,6 +12,8 @@ part, padding included).
 import torch
 import torch.distributed as dist
 from torch.autograd.function import BackwardCFunction
+
+from pretrain.model.specs import uses_transformer_engine
 
 CHUNK_TOKENS = 1024
 
@@ -33,11 +36,12 @@ def frozen_head_losses(
 
 @torch.no_grad()
 def exclude_padding(logits: torch.Tensor, tokens_here: int) -> torch.Tensor:
-    """Set, in place, the logits [..., V] after the first `tokens_here` to -inf: a softmax gives them no probability.
+    """Set, in place, the logits [..., V] after the first `tokens_here` so low that a softmax gives them no probability.
 
-    Nor does its gradient reach them, being their probability; so this need not be known to autograd.
+    Nor does its gradient reach them, being their probability; so this need not be known to autograd. Not to -inf, of
+    which a rank's logits must not be made up.
     """
-    logits[..., tokens_here:] = -torch.inf
+    logits[..., tokens_here:] = torch.finfo(logits.dtype).min
     return logits
 
 
@@ -56,10 +60,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
         gradients = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for first in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
-            logits_TV = exclude_padding((states[chunk] @ weight_VH.T).float(), tokens_here)
-            losses[chunk] = _losses_to_probabilities(logits_TV, labels[chunk], group)
+            logits_TV = exclude_padding(states[chunk] @ weight_VH.T, tokens_here)
+            losses[chunk], gradients_TV = _losses_and_gradients(logits_TV, labels[chunk], group)
             if gradients is not None:
-                gradients[chunk] = logits_TV.to(weight_VH.dtype) @ weight_VH
+                gradients[chunk] = gradients_TV.to(weight_VH.dtype) @ weight_VH
         if gradients is not None:
             ctx.save_for_backward(gradients.view_as(state_SBH))
         return losses.view_as(labels_SB)
@@ -68,6 +72,23 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, *loss_gradients_SB: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (unit_SBH,) = ctx.saved_tensors
         return unit_SBH * loss_gradients_SB[0].unsqueeze(-1).to(unit_SBH.dtype), None, None, None, None
+
+
+def _losses_and_gradients(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses [T] and their gradients to the logits [T, V], in whose memory they may be."""
+    if not uses_transformer_engine():
+        probabilities_TV = logits_TV.float()
+        return _losses_to_probabilities(probabilities_TV, labels_T, group), probabilities_TV
+    # Not its public function, whose backward pass waits for the GPU and goes over the logits once more.
+    from transformer_engine.pytorch.triton.cross_entropy import cross_entropy_forward
+
+    losses, gradients = cross_entropy_forward(
+        logits_TV[None], labels_T[None], label_smoothing=0.0, reduce_loss=False,
+        dist_process_group=group if group.size() > 1 else None, ignore_idx=-100,
+    )  # fmt: skip
+    return losses[0], gradients[0]
 
 
 def _losses_to_probabilities(

@@ -99,7 +99,7 @@ class LlamaTrunk(MegatronModule):
         )
 
     def logits(self, state_SBH: torch.Tensor) -> torch.Tensor:
-        """Token logits [S, B, V] of all positions and this rank's part of the vocabulary; -inf of padded rows."""
+        """Token logits [S, B, V] of all positions and this rank's part of the vocabulary; of padded rows the lowest."""
         region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
         return exclude_padding(torch.nn.functional.linear(region_SBH, self.head_weight), self.tokens_here)
 

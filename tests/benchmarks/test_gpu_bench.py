@@ -12,12 +12,15 @@ import torch
 
 from benchmarks.gpu_bench import (
     GpuBenchConfig,
+    Run,
     RunFigures,
     _fp8_product,
     bench_recipe,
     measure_products,
     measure_run,
     results_table,
+    runs_to_measure,
+    times_full_training,
 )
 from benchmarks.synthetic_blend import write_synthetic_blend
 from data_prep.blended_data import open_blend
@@ -35,6 +38,7 @@ def small(folder: Path) -> GpuBenchConfig:
         vocab_size=512,
         sequence_length=32,
         micro_batch_size=2,
+        base_micro_batch_size=4,
         global_batch_size=4,
         steps=3,
         warmup_steps=1,
@@ -42,25 +46,26 @@ def small(folder: Path) -> GpuBenchConfig:
     )
 
 
-@pytest.mark.parametrize("stage", ["idm", "policy"])
+@pytest.mark.parametrize("stage", ["idm", "policy", "base"])
 def test_a_run_is_measured_by_the_trainers_own_loop(stage: str, tmp_path: Path) -> None:
     config, blend = small(tmp_path), tmp_path / "random_tokens"
     write_synthetic_blend(blend, config.vocab_size, train_tokens=2000, validation_tokens=1000)
-    recipe = bench_recipe(config, stage, "fp32", "off", blend)
-    figures = measure_run(recipe, config.warmup_steps)
+    recipe = bench_recipe(config, Run(stage=stage, num_layers=2, precision="fp32"), blend)
+    figures = measure_run(recipe, config.steps, config.warmup_steps)
     assert figures.tokens_per_second == pytest.approx(128 / figures.seconds_per_step)
     flops = sum(flops_per_token(recipe).values())
+    assert figures.flops_per_token == flops
     assert figures.tflops_per_second == pytest.approx(figures.tokens_per_second * flops / 1e12)
     assert figures.memory_gib > 0
     assert not list(tmp_path.glob("**/checkpoints"))
 
 
-@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
-@pytest.mark.parametrize("stage", ["idm", "policy"])
-def test_the_recipes_at_full_size_have_no_problem_but_the_missing_start(stage: str, fp8: str) -> None:
-    recipe = bench_recipe(GpuBenchConfig(), stage, "bf16", fp8, Path("blend"))
-    (problem,) = find_problems(recipe, world_size=1)
-    assert problem.startswith("start_from:")  # weights are random here
+def test_the_recipes_at_full_size_have_no_problem_but_the_missing_start() -> None:
+    config = GpuBenchConfig()
+    for run in runs_to_measure(config, fp8=True):
+        problems = find_problems(bench_recipe(config, run, Path("blend")), world_size=1)
+        wanted = [] if run.stage == "base" else ["start_from"]  # weights are random here
+        assert [problem.split(":")[0] for problem in problems] == wanted
 
 
 def test_synthetic_blend_is_a_blend(tmp_path: Path) -> None:
@@ -71,7 +76,8 @@ def test_synthetic_blend_is_a_blend(tmp_path: Path) -> None:
 
 
 def test_products_take_the_time_they_are_given(tmp_path: Path) -> None:
-    assert 0 < measure_products(small(tmp_path), "bf16") < 100
+    (tflops,) = measure_products(small(tmp_path), ("bf16",)).values()
+    assert 0 < tflops < 100
 
 
 def test_the_fp8_product_is_the_product() -> None:
@@ -85,12 +91,29 @@ def test_the_fp8_product_is_the_product() -> None:
     assert not torch.equal(_fp8_product(left, right.flip(1))(), wanted)
 
 
-def test_each_run_is_held_against_the_ceiling_of_its_precision() -> None:
-    figures = RunFigures(tokens_per_second=1, tflops_per_second=100, memory_gib=1, seconds_per_step=1)
-    table = results_table(
-        {"idm bf16": figures, "idm fp8": figures}, {"bf16": 200.0, "fp8": 400.0}, title="title"
+def reached(tokens_per_second: float, flops_per_token: float = 1.0) -> RunFigures:
+    return RunFigures(
+        tokens_per_second=tokens_per_second,
+        tflops_per_second=100,
+        memory_gib=1,
+        seconds_per_step=1,
+        flops_per_token=flops_per_token,
     )
+
+
+def test_each_run_is_held_against_the_ceiling_of_its_precision() -> None:
+    runs = {Run(stage="idm", num_layers=2, fp8=fp8): reached(1) for fp8 in ("off", "tensorwise")}
+    table = results_table(runs, {"bf16": 200.0, "fp8": 400.0}, title="title")
     assert list(table.columns[3].cells) == ["50.0%", "25.0%"]
+
+
+def test_full_training_is_compared_with_at_its_own_depth() -> None:
+    runs = {
+        Run(stage="idm", num_layers=32): reached(7),
+        Run(stage="base", num_layers=8): reached(4, flops_per_token=10),
+        Run(stage="idm", num_layers=8): reached(6, flops_per_token=5),
+    }
+    assert times_full_training(runs) == {"idm, 8 blocks, bf16": {"measured": 1.5, "by_flops": 2.0}}
 
 
 def test_without_a_gpu_it_ends_with_one_line(tmp_path: Path) -> None:

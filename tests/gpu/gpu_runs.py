@@ -13,7 +13,10 @@ from tests.repository_rules import ROOT
 
 Device = Literal["gpu", "cpu"]
 TIMEOUT_SECONDS = 600
-BASE_STEPS = 60  # of the base that the other stages start from
+BASE_STEPS, YOUNGER_STEPS = (
+    60,
+    45,
+)  # of the base that the other stages start from, and of its checkpoint before
 # Every side of a product is a multiple of 128, as blockwise scaling asks; the others ask for 16.
 SIZES: dict[str, dict[str, Any]] = {
     "model": {
@@ -35,7 +38,7 @@ def gpu_recipe(
         **SIZES,
         "training": {"precision": "bf16", "steps": steps, **training},
         "validation": {"interval_steps": steps, "steps": 1},
-        "checkpoint": {"interval_steps": steps},
+        "checkpoint": {"interval_steps": min(steps, YOUNGER_STEPS)},
     }
     return tiny_recipe(stage, run_folder, blend, start_from, **sections)
 

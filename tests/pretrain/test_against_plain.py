@@ -16,6 +16,7 @@ from benchmarks.plain_cola.trainer import PlainTrainer
 from benchmarks.plain_cola.weights import load_from_megatron, method_of, optimizer_of, sizes_of
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
+from pretrain.model.kernels import local_name
 from pretrain.parallel import ParallelContext
 from pretrain.stages.contract import Batch
 from pretrain.stages.registry import stage_class
@@ -29,12 +30,12 @@ CLEARLY_WRONG = 1000 * TOLERANCE
 Fault = Callable[[pytest.MonkeyPatch, PlainCola], None]
 
 
-def random_batches() -> list[Batch]:
-    """Micro-batches of random tokens."""
+def random_batches(device: torch.device) -> list[Batch]:
+    """Micro-batches of random tokens, the same ones on every device."""
     generator = torch.Generator().manual_seed(3)
     shape = (MICRO_BATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH + 1)
-    tokens = torch.randint(0, VOCAB_SIZE, shape, generator=generator)
-    indices = torch.arange(MICRO_BATCHES * MICRO_BATCH_SIZE).view(MICRO_BATCHES, MICRO_BATCH_SIZE)
+    tokens = torch.randint(0, VOCAB_SIZE, shape, generator=generator).to(device)
+    indices = torch.arange(MICRO_BATCHES * MICRO_BATCH_SIZE, device=device).view(MICRO_BATCHES, -1)
     return [
         Batch(chunk_BS[:, :-1], chunk_BS[:, 1:].contiguous(), indices[i]) for i, chunk_BS in enumerate(tokens)
     ]
@@ -51,9 +52,15 @@ def twins(case: str, context: ParallelContext) -> tuple[RunConfig, ColaModel, Pl
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
-    plain = PlainCola(sizes_of(config), method_of(config), model.parts)
-    load_from_megatron(plain, config, model.state_dict())
+    plain = PlainCola(sizes_of(config), method_of(config), model.parts).to(context.device)
+    load_from_megatron(plain, config, under_local_names(dict(model.named_parameters())))
     return config, model, plain
+
+
+def under_local_names(tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """As the local modules would name them; fails for a tensor that should be there and is not."""
+    assert all(tensor is not None for tensor in tensors.values()), tensors
+    return {local_name(name): tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def found_differences(
@@ -62,19 +69,19 @@ def found_differences(
     """Relative difference of the loss and of every trained tensor's gradient; `fault` spoils the plain side."""
     config, model, plain = twins(case, context)
     stage = stage_class(config)(config, context.data_parallel_mean)
-    batches = random_batches()
+    batches = random_batches(context.device)
     loss = 0.0
     for batch in batches:
         part = model(stage, batch).loss / len(batches)
         part.backward()
         loss += float(part.detach())
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    gradients = under_local_names({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     if fault is not None:
         fault(patch, plain)
     run = PlainTrainer(plain, config.stage, optimizer_of(config))
     plain_loss = float(run.accumulate([plain_batch(config, batch) for batch in batches]))
-    plain_gradients = {name: p.grad for name, p in run.trained_parameters().items()}
-    found = differences(config, stage.trained_parts, gradients, plain_gradients)  # type: ignore[arg-type]
+    plain_gradients = {name: p.grad for name, p in run.trained_parameters().items() if p.grad is not None}
+    found = differences(config, stage.trained_parts, gradients, plain_gradients)
     assert found.keys() >= gradients.keys() | plain_gradients.keys()
     return found | {"loss": abs(plain_loss - loss) / abs(loss)}
 
@@ -148,7 +155,8 @@ def key_value_heads_exchanged(patch: pytest.MonkeyPatch, plain: PlainCola) -> No
 
 def without_rotary_scaling(patch: pytest.MonkeyPatch, plain: PlainCola) -> None:
     unscaled = dataclasses.replace(plain.sizes, rope_scaling_factor=None)
-    plain.rotary_frequencies = PlainCola(unscaled, plain.method, []).rotary_frequencies
+    other = PlainCola(unscaled, plain.method, []).rotary_frequencies
+    plain.rotary_frequencies = other.to(plain.rotary_frequencies.device)
 
 
 def without_query_bias(patch: pytest.MonkeyPatch, plain: PlainCola) -> None:

@@ -49,7 +49,7 @@ def pretend_cuda() -> None:
     """What Transformer Engine's constructors ask for; ours go on making weights on the CPU."""
     torch.cuda.is_available = lambda: True
     cpu_redirects.on_cuda = specs.on_cuda = lambda: False
-    kernels.find_backends = lambda: Backends(cuda=True, transformer_engine="found")
+    specs.find_backends = lambda: Backends(cuda=True, transformer_engine="found")
 
 
 def recipe(stage: str, **training: Any) -> RunConfig:
@@ -75,7 +75,7 @@ def save(model: ColaModel, config: RunConfig, parts: tuple[str, ...], folder: Pa
     description = {
         "format_version": checkpoint_folder.FORMAT_VERSION, "stage": config.stage, "step": 1, "consumed_samples": 0,
         "consumed_tokens": 0, "parts": parts, "start_from": None, "tokenizer_fingerprint": "",
-        "data_fingerprint": "", "recipe": recipe_fields(config), "megatron_version": "",
+        "data_fingerprint": "", "recipe": recipe_fields(config), "loop": {}, "megatron_version": "",
         "fingerprints": checkpointing.model_fingerprints(model, parts), **changes,
     }  # fmt: skip
     (folder / checkpoint_folder.DESCRIPTION_FILE).write_text(json.dumps(description))
