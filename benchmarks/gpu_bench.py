@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -268,20 +268,38 @@ def times_full_training(figures: dict[Run, RunFigures]) -> dict[str, dict[str, f
     return answer
 
 
-def measure_all(
-    config: GpuBenchConfig, backends: Backends, console: Console
-) -> tuple[dict[str, float], dict[Run, RunFigures]]:
-    """Ceilings by precision, and figures by run, told as they come; every measurement in a process of its own."""
-    fp8 = FP8_RECIPE in backends.fp8_recipes
+@dataclass(kw_only=True)
+class Figures:
+    """What has been measured so far."""
+
+    ceilings: dict[str, float] = field(default_factory=dict)
+    """TFLOP/s by precision."""
+    runs: dict[Run, RunFigures] = field(default_factory=dict)
+    """By run."""
+
+    def write(self, config: GpuBenchConfig, backends: Backends) -> None:
+        """All of it to gpu.json."""
+        content = {
+            "machine": describe_machine() | {"torch": torch.__version__, **asdict(backends)},
+            "settings": {name: value for name, value in asdict(config).items() if name != "folder"},
+            "ceiling_tflops": self.ceilings,
+            "runs": {run.name: asdict(reached) for run, reached in self.runs.items()},
+            "times_full_training": times_full_training(self.runs),
+        }
+        write_json_whole(config.folder / "gpu.json", content)
+
+
+def measure_all(config: GpuBenchConfig, backends: Backends, console: Console) -> Figures:
+    """Every measurement in a process of its own, told and written as it comes: machines with GPUs are often short."""
+    fp8, figures = FP8_RECIPE in backends.fp8_recipes, Figures()
     blend = config.folder / "gpu" / "random_tokens"
     tokens = ((config.steps + 2) * config.global_batch_size + 1) * config.sequence_length
     validation_tokens = (config.global_batch_size + 1) * config.sequence_length
     write_synthetic_blend(blend, config.vocab_size, tokens, validation_tokens)
-    figures = {}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         precisions = ("bf16", "fp8") if fp8 else ("bf16",)
-        ceilings = pool.submit(measure_products, config, precisions).result()
-        for precision, tflops in ceilings.items():
+        figures.ceilings = pool.submit(measure_products, config, precisions).result()
+        for precision, tflops in figures.ceilings.items():
             console.print(f"ceiling of {precision} matrix products: {tflops:.0f} TFLOP/s")
         for run in runs_to_measure(config, fp8):
             recipe = bench_recipe(config, run, blend)
@@ -290,12 +308,16 @@ def measure_all(
                 console.print(f"{run.name}: left out, it needs {needed_gib:.0f} GiB by the planner")
                 continue
             try:
-                figures[run] = pool.submit(measure_run, recipe, config.steps, config.warmup_steps).result()
+                reached = pool.submit(measure_run, recipe, config.steps, config.warmup_steps).result()
             except torch.OutOfMemoryError:
                 console.print(f"{run.name}: left out, it did not fit into {backends.device_memory_gib} GiB")
                 continue
-            console.print(f"{run.name}: {figures[run].tokens_per_second:,.0f} tokens/s")
-    return ceilings, figures
+            figures.runs[run] = reached
+            figures.write(config, backends)
+            console.print(
+                f"{run.name}: {reached.tokens_per_second:,.0f} tokens/s, {reached.memory_gib:.1f} GiB"
+            )
+    return figures
 
 
 def main() -> None:
@@ -311,23 +333,14 @@ def main() -> None:
             f"--warmup-steps {config.warmup_steps}: leaves none of --steps {config.steps} to time"
         )
     console = Console()
-    ceilings, figures = measure_all(config, backends, console)
-    console.print(results_table(figures, ceilings, str(backends.device_name)))
-    ratios = times_full_training(figures)
-    for name, ratio in ratios.items():
+    figures = measure_all(config, backends, console)
+    console.print(results_table(figures.runs, figures.ceilings, str(backends.device_name)))
+    for name, ratio in times_full_training(figures.runs).items():
         console.print(
             f"{name}: {ratio['measured']:.2f} times full training, by FLOPs {ratio['by_flops']:.2f}"
         )
-    if "fp8" not in ceilings:
+    if "fp8" not in figures.ceilings:
         console.print("no FP8 here: it needs a GPU of compute capability 9.0 and Transformer Engine")
-    content = {
-        "machine": describe_machine() | {"torch": torch.__version__, **asdict(backends)},
-        "settings": {name: value for name, value in asdict(config).items() if name != "folder"},
-        "ceiling_tflops": ceilings,
-        "runs": {run.name: asdict(reached) for run, reached in figures.items()},
-        "times_full_training": ratios,
-    }
-    write_json_whole(config.folder / "gpu.json", content)
 
 
 if __name__ == "__main__":

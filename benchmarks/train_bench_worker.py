@@ -152,13 +152,17 @@ def step_loss(loop: "TrainLoop", batches: "Iterator[Batch]") -> float:
 def train_ours(config: WorkerConfig, recipe: RunConfig) -> WayReport:
     """The trainer's own steps."""
     with opened_loop(recipe) as (loop, libraries_gib):
+        from pretrain.cpu_products import fast_on_cpu
+        from pretrain.train_loop import settled_heap
+
         report = WayReport(libraries_gib=libraries_gib)
         batches, reader = timed_batches(loop)
-        forget_peak()
-        for _ in range(config.steps):
-            before = reader.seconds
-            report.measure(lambda: step_loss(loop, batches))
-            report.reading_seconds.append(reader.seconds - before)
+        with settled_heap(), fast_on_cpu():
+            forget_peak()
+            for _ in range(config.steps):
+                before = reader.seconds
+                report.measure(lambda: step_loss(loop, batches))
+                report.reading_seconds.append(reader.seconds - before)
     return report
 
 

@@ -70,6 +70,7 @@ def apply() -> None:
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
     _redirect_tensor_methods()
     _redirect_megatron_random()
+    _speed_up_products()
     _shorten_rotation()
     _skip_lone_collectives()
 
@@ -88,6 +89,14 @@ def _keep_freed_memory(of_any_size: bool = False) -> None:
         options |= {_M_MMAP_MAX: 0, _M_ARENA_MAX: 1}
     for option, value in options.items():
         mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed so far: between a model's weights it leaves gaps. glibc only."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def _hide_gpu_only_packages() -> None:
@@ -166,6 +175,15 @@ def _import_megatron_lightly() -> None:
         torch.compile = compile_function
         if hides_wandb:
             del sys.modules["wandb"]
+
+
+def _speed_up_products() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from pretrain.cpu_products import linear_in_region
+
+    for name in ("linear_with_frozen_weight", "linear_with_grad_accumulation_and_async_allreduce"):
+        setattr(layers, name, linear_in_region)
 
 
 def _shorten_rotation() -> None:

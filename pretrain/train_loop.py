@@ -19,6 +19,8 @@ from pretrain.checkpoints import checkpointing
 from pretrain.checkpoints.checkpoint_folder import LoopState
 from pretrain.checkpoints.checkpoint_saving import CheckpointSaver, RunOrigin, Snapshot
 from pretrain.config import RunConfig
+from pretrain.cpu_products import fast_on_cpu
+from pretrain.cpu_redirects import return_freed_memory
 from pretrain.data import IndexedSamples, micro_batches
 from pretrain.faults.bad_steps import BadStepError, BadSteps
 from pretrain.faults.hang_watch import HangWatch
@@ -52,6 +54,7 @@ def settled_heap() -> Iterator[None]:
     """Keep what is there now out of garbage collections: Megatron makes one at every save, 0.2 s with its modules."""
     gc.collect()
     gc.freeze()
+    return_freed_memory()
     try:
         yield
     finally:
@@ -112,6 +115,7 @@ class TrainLoop:
             MetricsWriter(config, self.context, self.begin.step) as writer,
             StopRequest() as stop_request,
             settled_heap(),
+            fast_on_cpu(),
             self.saver,
         ):
             started = time.monotonic()

@@ -1,6 +1,6 @@
-"""Entering the region in which every tensor-parallel rank holds a share of the weights.
+"""Entering and leaving the region in which every tensor-parallel rank holds a share of the weights.
 
-Done once for all the products that read one tensor, where Megatron's own layers would each communicate.
+Entered once for all the products that read one tensor, where Megatron's own layers would each communicate.
 Shapes: S sequence, B batch, H hidden.
 """
 
@@ -11,8 +11,12 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pretrain.cpu_products import product
 
 
 def enter_tensor_region(
@@ -22,6 +26,15 @@ def enter_tensor_region(
     if config.sequence_parallel:
         return gather_from_sequence_parallel_region(state_SBH, tensor_parallel_output_grad=True, group=group)
     return copy_to_tensor_model_parallel_region(state_SBH, group=group)
+
+
+def leave_tensor_region(
+    part_SBH: torch.Tensor, config: TransformerConfig, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The sum of the ranks' parts; under sequence parallelism of this rank's positions only."""
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(part_SBH, group=group)
+    return reduce_from_tensor_model_parallel_region(part_SBH, group=group)
 
 
 class RegionLinear(ColumnParallelLinear):
@@ -42,4 +55,4 @@ class RegionLinear(ColumnParallelLinear):
 
     def forward(self, input_SBH: torch.Tensor) -> tuple[torch.Tensor, None]:
         """This rank's columns [S, B, columns], first of a pair as in Megatron's linear layers."""
-        return torch.nn.functional.linear(input_SBH, self.weight), None
+        return product(input_SBH, self.weight), None

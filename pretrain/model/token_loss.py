@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import BackwardCFunction
 
+from pretrain.cpu_products import multiply
 from pretrain.model.specs import uses_transformer_engine
 
 CHUNK_TOKENS = 1024
@@ -60,10 +61,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
         gradients = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for first in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
-            logits_TV = exclude_padding(states[chunk] @ weight_VH.T, tokens_here)
+            logits_TV = exclude_padding(multiply(states[chunk], weight_VH), tokens_here)
             losses[chunk], gradients_TV = _losses_and_gradients(logits_TV, labels[chunk], group)
             if gradients is not None:
-                gradients[chunk] = gradients_TV.to(weight_VH.dtype) @ weight_VH
+                gradients[chunk] = multiply(gradients_TV.to(weight_VH.dtype), weight_VH.T)
         if gradients is not None:
             ctx.save_for_backward(gradients.view_as(state_SBH))
         return losses.view_as(labels_SB)

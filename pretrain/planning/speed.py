@@ -1,4 +1,4 @@
-"""Speed and time of a run at stated efficiencies: arithmetic on published peaks, nothing measured."""
+"""Speed and time of a run at stated efficiencies: arithmetic on published peaks."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Gpu(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """Shares of the peaks that a run reaches, an assumption."""
+    """Shares of the peaks that a run reaches."""
 
     name: str
     bf16: float
@@ -46,11 +46,14 @@ GPUS = (
     Gpu("H200", 989.4, 1978.9, 141),
     Gpu("B200", 2250, 4500, 180),
 )
-# 37.6 %: what NVIDIA publishes for training Llama-3-8B in FP8 on H100, 744 of 1978.9 TFLOP/s (Megatron Bridge 25.11).
+# What one H200 reached on both stages of Llama-3.1-8B, without communication (docs/benchmarks.md), beside shares for a
+# cluster: 37.6 % is what NVIDIA publishes for training Llama-3-8B in FP8 on H100, 744 of 1978.9 TFLOP/s (Megatron
+# Bridge 25.11).
 EFFICIENCIES = (
     Efficiency("BF16 40 %", 0.40, None),
-    Efficiency("BF16 50 %", 0.50, None),
+    Efficiency("BF16 58 %, as one H200", 0.58, None),
     Efficiency("FP8 37.6 %, rest 50 %", 0.50, 0.376),
+    Efficiency("FP8 45 %, rest 58 %, as one H200", 0.58, 0.45),
 )
 
 

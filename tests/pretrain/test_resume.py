@@ -62,6 +62,28 @@ def test_a_lost_optimizer_state_shows(runs: Path, tiny_blend: Path, monkeypatch:
     assert not torch.equal(straight["weights/idm.head.weight"], faulty["weights/idm.head.weight"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("learning_rate", 3e-2), ("weight_decay", 5.0), ("beta1", 0.5), ("epsilon", 1.0)]
+)
+def test_the_optimizers_settings_are_the_recipes(
+    runs: Path, tiny_blend: Path, field: str, value: float
+) -> None:
+    """Not the checkpoint's: one changed before the last three steps shows in the weights, the twin's do not."""
+    ends = {}
+    for name, optimizer in (("changed", {field: value}), ("twin", {})):
+        run = runs / "idm" / f"{name}_{field}"
+        shutil.copytree(runs / "idm" / "resumed", run)
+        shutil.rmtree(run / "checkpoints" / "step_00000006")
+        recipe = (run / "config.yaml").read_text().replace(str(runs / "idm" / "resumed"), str(run))
+        (run / "config.yaml").write_text(recipe)
+        start = runs / "base" / "straight"
+        train_in_process(tiny_recipe("idm", run, tiny_blend, start, optimizer=optimizer), resume=True)
+        ends[name] = saved_tensors(run)["weights/idm.head.weight"]
+    straight = saved_tensors(runs / "idm" / "straight")["weights/idm.head.weight"]
+    assert torch.equal(ends["twin"], straight)
+    assert not torch.equal(ends["changed"], straight)
+
+
 def test_resume_refuses_another_recipe(runs: Path, tiny_blend: Path) -> None:
     """What would make it another run is named with both values."""
     recipe = tiny_recipe("base", runs / "base" / "straight", tiny_blend, training={"global_batch_size": 16})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from pretrain.model.gated_mlp import GatedMlp, _GatedProduct
+from pretrain.model.gated_mlp import GatedMlp, _GatedProducts
 from pretrain.model.trunk import LlamaTrunk
 from pretrain.parallel import ParallelContext
 from tests.pretrain.tiny_runs import tiny_recipe
@@ -61,15 +61,34 @@ def test_exchanged_halves_show(mlp: GatedMlp) -> None:
     assert all((our - their).abs().max() > 0.1 for our, their in zip(ours, theirs, strict=True))
 
 
-def test_the_gradient_is_that_of_finite_differences() -> None:
+def random_operands(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Input [2, 2, 4], the weight of gate and up, and that of down, for F = 3; all want gradients."""
     generator = torch.Generator().manual_seed(2)
-    input_SBH = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_GatedProduct.apply, (input_SBH, weight))
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
+        for shape in ((2, 2, 4), (6, 4), (5, 3))
+    ]
 
 
-def test_no_gradient_is_computed_that_nobody_wants() -> None:
-    weight = torch.randn(6, 4)
-    frozen = _GatedProduct.apply(torch.randn(2, 2, 4, requires_grad=True), weight)
-    assert frozen.grad_fn.next_functions[1][0] is None
-    assert _GatedProduct.apply(torch.randn(2, 2, 4), weight).grad_fn is None
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    assert torch.autograd.gradcheck(_GatedProducts.apply, random_operands(torch.float64))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_no_gradient_is_computed_that_nobody_wants(frozen: int) -> None:
+    operands = random_operands()
+    operands[frozen].requires_grad_(False)
+    output = _GatedProducts.apply(*operands)
+    assert output.grad_fn.next_functions[frozen][0] is None
+    assert len([function for function, _ in output.grad_fn.next_functions if function is not None]) == 2
+
+
+def test_frozen_products_are_the_same_and_keep_nothing() -> None:
+    """Computed in another way; the twin, of another input, differs."""
+    operands = random_operands()
+    frozen = [operand.detach() for operand in operands]
+    output = _GatedProducts.apply(*frozen)
+    assert output.grad_fn is None
+    torch.testing.assert_close(output, _GatedProducts.apply(*operands).detach())
+    other = _GatedProducts.apply(frozen[0].flip(0), *frozen[1:])
+    assert not torch.allclose(output, other)
