@@ -31,7 +31,7 @@ from data_prep.output_files import write_json_whole
 from pretrain import cpu_redirects
 from pretrain.backends import Backends, find_backends
 from pretrain.config import RunConfig
-from pretrain.planning.memory import GIB, fullest_stage_memory
+from pretrain.planning.memory import GIB, GROUPS_AHEAD, fullest_stage_memory
 from pretrain.recipes import recipe_from_fields
 
 FP8_RECIPE = "tensorwise"
@@ -67,6 +67,11 @@ class GpuBenchConfig:
     """First steps that are not timed: kernels are chosen and memory is fetched in them."""
     product_seconds: float = 1.0
     """Least time that each matrix product is repeated for."""
+
+    @property
+    def steps_with_spare(self) -> int:
+        """Enough that the base has as much to run ahead of the last timed step as of the others."""
+        return self.steps + GROUPS_AHEAD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +135,14 @@ def bench_recipe(config: GpuBenchConfig, run: Run, blend: Path) -> RunConfig:
             },
             "data": {"path": str(blend), "sequence_length": config.sequence_length},
             "training": {
-                "steps": config.steps + 2,  # so that the base has as much to run ahead of the last timed step
+                "steps": config.steps_with_spare,
                 "global_batch_size": config.global_batch_size,
                 "micro_batch_size": config.micro_batch_size,
                 "precision": run.precision,
                 "fp8": run.fp8,
                 **(frozen if run.stage != "base" else {}),
             },
-            "optimizer": {"warmup_steps": 0, "decay_steps": config.steps + 2},
+            "optimizer": {"warmup_steps": 0, "decay_steps": config.steps_with_spare},
             "validation": {"steps": 1},
             "logging": {"wandb": "off"},
         },
@@ -293,7 +298,7 @@ def measure_all(config: GpuBenchConfig, backends: Backends, console: Console) ->
     """Every measurement in a process of its own, told and written as it comes: machines with GPUs are often short."""
     fp8, figures = FP8_RECIPE in backends.fp8_recipes, Figures()
     blend = config.folder / "gpu" / "random_tokens"
-    tokens = ((config.steps + 2) * config.global_batch_size + 1) * config.sequence_length
+    tokens = (config.steps_with_spare * config.global_batch_size + 1) * config.sequence_length
     validation_tokens = (config.global_batch_size + 1) * config.sequence_length
     write_synthetic_blend(blend, config.vocab_size, tokens, validation_tokens)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -152,12 +152,11 @@ def step_loss(loop: "TrainLoop", batches: "Iterator[Batch]") -> float:
 def train_ours(config: WorkerConfig, recipe: RunConfig) -> WayReport:
     """The trainer's own steps."""
     with opened_loop(recipe) as (loop, libraries_gib):
-        from pretrain.cpu_products import fast_on_cpu
-        from pretrain.train_loop import settled_heap
+        from pretrain.train_loop import ready_for_steps
 
         report = WayReport(libraries_gib=libraries_gib)
         batches, reader = timed_batches(loop)
-        with settled_heap(), fast_on_cpu():
+        with ready_for_steps():
             forget_peak()
             for _ in range(config.steps):
                 before = reader.seconds

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import BackwardCFunction
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -59,30 +58,6 @@ def _onednn_takes(input_TI: torch.Tensor) -> bool:
 def product(input_SBI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """input times the weight's transpose [S, B, O]; keeps of both only what the backward pass needs."""
     return _Product.apply(input_SBI, weight_OI)
-
-
-def linear_in_region(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    allreduce_dgrad: bool,
-    sequence_parallel: bool,
-    tp_group: dist.ProcessGroup | None = None,
-    **_: object,
-) -> torch.Tensor:
-    """Stands in for the function that computes Megatron's parallel linear layers; its names and meanings."""
-    from megatron.core.tensor_parallel import (
-        mappings,
-    )  # not at the top: CPU redirects import this before Megatron
-
-    if sequence_parallel:
-        input = mappings.gather_from_sequence_parallel_region(
-            input, tensor_parallel_output_grad=True, group=tp_group
-        )
-    elif allreduce_dgrad:
-        input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
-    output = product(input, weight)
-    return output if bias is None else output + bias
 
 
 class _Product(torch.autograd.Function):

@@ -80,9 +80,8 @@ def _keep_freed_memory(of_any_size: bool = False) -> None:
 
     Blocks of 32 MiB and more only where `of_any_size`, since between the small ones they leave gaps.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return
     options = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: 2**25}
     if of_any_size:
@@ -93,10 +92,17 @@ def _keep_freed_memory(of_any_size: bool = False) -> None:
 
 def return_freed_memory() -> None:
     """Give back to the system what was freed so far: between a model's weights it leaves gaps. glibc only."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where it has none of that name."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
-        return
+        return None
 
 
 def _hide_gpu_only_packages() -> None:
@@ -180,7 +186,7 @@ def _import_megatron_lightly() -> None:
 def _speed_up_products() -> None:
     from megatron.core.tensor_parallel import layers
 
-    from pretrain.cpu_products import linear_in_region
+    from pretrain.model.tensor_region import linear_in_region
 
     for name in ("linear_with_frozen_weight", "linear_with_grad_accumulation_and_async_allreduce"):
         setattr(layers, name, linear_in_region)

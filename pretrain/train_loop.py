@@ -50,13 +50,18 @@ BEGINNING = Position(step=0, next_sample=0, loop=LoopState())
 
 
 @contextmanager
-def settled_heap() -> Iterator[None]:
-    """Keep what is there now out of garbage collections: Megatron makes one at every save, 0.2 s with its modules."""
+def ready_for_steps() -> Iterator[None]:
+    """What holds while steps are done.
+
+    What is there now stays out of garbage collections (Megatron makes one at every save, 0.2 s with its modules), what
+    loading has freed is returned, and a CPU computes in the fastest way.
+    """
     gc.collect()
     gc.freeze()
     return_freed_memory()
     try:
-        yield
+        with fast_on_cpu():
+            yield
     finally:
         gc.unfreeze()
 
@@ -114,8 +119,7 @@ class TrainLoop:
         with (
             MetricsWriter(config, self.context, self.begin.step) as writer,
             StopRequest() as stop_request,
-            settled_heap(),
-            fast_on_cpu(),
+            ready_for_steps(),
             self.saver,
         ):
             started = time.monotonic()

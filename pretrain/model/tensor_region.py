@@ -23,7 +23,11 @@ def enter_tensor_region(
     state_SBH: torch.Tensor, config: TransformerConfig, group: dist.ProcessGroup
 ) -> torch.Tensor:
     """All positions [S, B, H] on every rank; in the backward pass the ranks' gradients are summed."""
-    if config.sequence_parallel:
+    return _enter(state_SBH, config.sequence_parallel, group)
+
+
+def _enter(state_SBH: torch.Tensor, sequence_parallel: bool, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if sequence_parallel:
         return gather_from_sequence_parallel_region(state_SBH, tensor_parallel_output_grad=True, group=group)
     return copy_to_tensor_model_parallel_region(state_SBH, group=group)
 
@@ -35,6 +39,22 @@ def leave_tensor_region(
     if config.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(part_SBH, group=group)
     return reduce_from_tensor_model_parallel_region(part_SBH, group=group)
+
+
+def linear_in_region(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: dist.ProcessGroup | None = None,
+    **_: object,
+) -> torch.Tensor:
+    """Stands in for the function that computes Megatron's parallel linear layers; its names and meanings."""
+    if sequence_parallel or allreduce_dgrad:
+        input = _enter(input, sequence_parallel, tp_group)
+    output = product(input, weight)
+    return output if bias is None else output + bias
 
 
 class RegionLinear(ColumnParallelLinear):

@@ -119,19 +119,19 @@ def _saved_bytes_a_token(config: RunConfig, placement: Placement, stage: int) ->
     value_bytes = 2 if config.training.precision == "bf16" else _FP32_BYTES
     query_size = model.num_attention_heads * model.head_size
     key_value_size = model.num_key_value_heads * model.head_size
-    inner = 4 * query_size + 3 * key_value_size + 3 * model.ffn_hidden_size
-    statistics = _FP32_BYTES * model.num_attention_heads / tensor_size  # attention's log-sum-exp
-    block = value_bytes * (4 * model.hidden_size / share + inner / tensor_size) + statistics
-    in_fp8 = value_bytes - 1 if config.training.fp8 != "off" else 0  # bytes less a value
-    block -= in_fp8 * (2 * model.hidden_size / share + (query_size + model.ffn_hidden_size) / tensor_size)
+    read_bytes = value_bytes if config.training.fp8 == "off" else 1  # of what products with weights read
+    inner = 3 * query_size + 3 * key_value_size + 2 * model.ffn_hidden_size
+    block = value_bytes * (2 * model.hidden_size / share + inner / tensor_size)
+    block += read_bytes * (2 * model.hidden_size / share + (query_size + model.ffn_hidden_size) / tensor_size)
+    block += _FP32_BYTES * model.num_attention_heads / tensor_size  # attention's log-sum-exp
     saved = block * getattr(placement.stages[stage], config.stage)
     if stage == placement.last_stage_of(config.stage):  # final norm and head
         saved += value_bytes * 2 * model.hidden_size / share
     if config.stage == "idm" and stage == config.parallel.pipeline_parallel_size - 1:
-        merge = model.hidden_size + 4 * model.ffn_hidden_size / tensor_size
-        # the last state and its gradient, which the token loss makes beside the loss
-        saved += value_bytes * (actions.num_merge_layers * merge + 2 * model.hidden_size)
-        saved -= in_fp8 * actions.num_merge_layers * model.ffn_hidden_size / tensor_size
+        merge = value_bytes * (model.hidden_size + 3 * model.ffn_hidden_size / tensor_size)
+        merge += read_bytes * model.ffn_hidden_size / tensor_size
+        # and the last state and its gradient, which the token loss makes beside the loss
+        saved += actions.num_merge_layers * merge + value_bytes * 2 * model.hidden_size
         saved += _FP32_BYTES * 6 * actions.num_actions  # logits, noise and choice of the action
     return saved
 

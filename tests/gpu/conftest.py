@@ -1,25 +1,12 @@
 """What the GPU tests share: process groups, a trained base, and a skip where an FP8 recipe cannot run."""
 
-# ruff: noqa: E402  Megatron is imported after the redirects
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pretrain import cpu_redirects
-
-cpu_redirects.apply()
-
 from pretrain.backends import find_backends, fp8_obstacle
-from pretrain.parallel import ParallelContext, parallel_context
 from tests.gpu.gpu_runs import BASE_STEPS, gpu_recipe, train
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    """One rank's process groups, on the GPU."""
-    with parallel_context(tensor_parallel_size=1, seed=0) as opened:
-        yield opened
+from tests.pretrain.conftest import context  # noqa: F401  the same fixture; imported, it also redirects Megatron
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,8 @@ from tests.repository_rules import ROOT
 
 Device = Literal["gpu", "cpu"]
 TIMEOUT_SECONDS = 600
-BASE_STEPS, YOUNGER_STEPS = (
-    60,
-    45,
-)  # of the base that the other stages start from, and of its checkpoint before
+BASE_STEPS = 60  # of the base that the other stages start from
+YOUNGER_STEPS = 45  # of its checkpoint before
 # Every side of a product is a multiple of 128, as blockwise scaling asks; the others ask for 16.
 SIZES: dict[str, dict[str, Any]] = {
     "model": {
