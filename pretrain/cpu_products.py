@@ -1,9 +1,9 @@
 """Products with weights where there is no GPU: oneDNN's instead of MKL's, while a run trains.
 
-On a processor of AMD with AVX-512, oneDNN's takes 10 to 20 % less time forward and for the input's gradient; for the
-weight's gradient it takes more, so that one stays with MKL (docs/benchmarks.md). torch itself would only take oneDNN
-for lower precisions; what it offers is the operator that its compiler uses. oneDNN rounds otherwise, and over long rows
-twice as much, so whatever compares a model with another library's computes with MKL, as that does.
+On a processor of AMD with AVX-512, oneDNN's takes 10 to 20 % less time forward and for the input's gradient. For the
+weight's gradient it takes more, but of a layer that narrows by half and more (docs/benchmarks.md). torch itself would
+only take oneDNN for lower precisions; what it offers is the operator that its compiler uses. oneDNN rounds otherwise,
+and over long rows twice as much, so whatever compares a model with another library's computes with MKL, as that does.
 
 Shapes: T tokens, I input size, O output size.
 """
@@ -42,6 +42,13 @@ def multiply(input_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(input_TI, weight_OI, None, "none", [], "")
 
 
+def multiply_for_weight(gradient_TO: torch.Tensor, input_TI: torch.Tensor) -> torch.Tensor:
+    """The weight's gradient [O, I] from the output's and the input, by the faster library."""
+    if input_TI.shape[1] < 2 * gradient_TO.shape[1] or not _onednn_takes(input_TI):
+        return gradient_TO.T @ input_TI
+    return torch.ops.mkldnn._linear_pointwise(gradient_TO.T, input_TI.T, None, "none", [], "")
+
+
 def gated_product(input_TI: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
     """silu(input gate) * (input up) [T, O], in two passes of which nothing is kept; not known to autograd."""
     if not _onednn_takes(input_TI):
@@ -57,6 +64,8 @@ def _onednn_takes(input_TI: torch.Tensor) -> bool:
 
 def product(input_SBI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """input times the weight's transpose [S, B, O]; keeps of both only what the backward pass needs."""
+    if input_SBI.stride(0) < input_SBI.stride(1):  # attention's order: multiplied as it lies, not copied
+        return _Product.apply(input_SBI.transpose(0, 1), weight_OI).transpose(0, 1).contiguous()
     return _Product.apply(input_SBI, weight_OI)
 
 
@@ -77,5 +86,5 @@ class _Product(torch.autograd.Function):
         if weight_OI is not None:
             input_gradient = multiply(gradient_TO, weight_OI.T).unflatten(0, shape)
         if input_SBI is not None:
-            weight_gradient = gradient_TO.T @ input_SBI.flatten(0, -2)
+            weight_gradient = multiply_for_weight(gradient_TO, input_SBI.flatten(0, -2))
         return input_gradient, weight_gradient

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import BackwardCFunction
 
-from pretrain.cpu_products import gated_product, multiply
+from pretrain.cpu_products import gated_product, multiply, multiply_for_weight
 from pretrain.model.tensor_region import enter_tensor_region, leave_tensor_region
 
 
@@ -52,7 +52,7 @@ class _GatedProducts(torch.autograd.Function):
         input_gradient = weight_gradient = down_gradient = None
         silu_TF = torch.nn.functional.silu(gate_TF)
         if wants_down:
-            down_gradient = gradient_TH.T @ (silu_TF * up_TF)
+            down_gradient = multiply_for_weight(gradient_TH, silu_TF * up_TF)
         product_gradient_TF = multiply(gradient_TH, down_weight.T)
         up_gradient_TF = silu_TF.mul_(product_gradient_TF)
         gate_gradient_TF = product_gradient_TF.mul_(up_TF)

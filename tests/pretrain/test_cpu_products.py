@@ -1,4 +1,4 @@
-"""Products through oneDNN, and norms in three passes, are what they should be, gradients included.
+"""Products through oneDNN, and norms in few passes, are what they should be, gradients included.
 
 Shapes: S sequence, B batch, I input size, O output size.
 """
@@ -12,7 +12,7 @@ import torch
 
 from pretrain import cpu_products
 from pretrain.cpu_products import fast_on_cpu, gated_product, multiply, product
-from pretrain.model.norm import RmsNorm
+from pretrain.model.norm import RmsNorm, _Norm
 from pretrain.model.specs import transformer_config
 from pretrain.parallel import ParallelContext
 from tests.pretrain.tiny_runs import tiny_recipe
@@ -97,16 +97,57 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(product, pair)
 
 
-def test_a_frozen_norm_is_torchs(context: ParallelContext) -> None:
-    """In fewer passes, on rows of any size; the twin, with another epsilon, is another."""
+@pytest.mark.parametrize("sizes", [(24, 40), (48, 24)])
+def test_products_of_attentions_order_are_those_of_the_usual_one(sizes: tuple[int, int]) -> None:
+    """Sample by sample in memory, wide and narrow; output in the usual order, and the gradients of both."""
+    generator = torch.Generator().manual_seed(6)
+    input_BSI, weight_OI = (
+        torch.randn(shape, generator=generator) for shape in ((3, 5, sizes[0]), (sizes[1], sizes[0]))
+    )
+    gradient_SBO = torch.randn(5, 3, sizes[1], generator=generator)
+    found = []
+    for function in (product, torch.nn.functional.linear):
+        pair = [tensor.clone().requires_grad_() for tensor in (input_BSI, weight_OI)]
+        output_SBO = function(pair[0].transpose(0, 1), pair[1])
+        output_SBO.backward(gradient_SBO)
+        found.append((output_SBO.detach(), *(tensor.grad for tensor in pair)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.is_contiguous() and not torch.allclose(ours, theirs.flip(0))
+
+
+def norm_of(epsilon: float, context: ParallelContext) -> RmsNorm:
+    """Of rows of 24, with weights of its own."""
     config = transformer_config(tiny_recipe("base", Path("run"), Path("data")), "base")
-    norm = RmsNorm(config, 24, eps=1e-5)
-    torch.nn.init.uniform_(norm.weight)
-    state_SBH = operands()[0] * torch.logspace(-3, 2, 5)[:, None, None]
-    with torch.no_grad():
-        found = norm(state_SBH)
-        norm.eps = 1e-3
-        other = norm(state_SBH)
-    wanted = torch.nn.functional.rms_norm(state_SBH, (24,), norm.weight, 1e-5)
-    torch.testing.assert_close(found, wanted.detach())
-    assert not torch.allclose(other, wanted)
+    norm = RmsNorm(config, 24, eps=epsilon)
+    torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(7))
+    return norm
+
+
+def torchs_norm(state_SBH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+    """The norm that ours must be."""
+    return torch.nn.functional.rms_norm(state_SBH, (24,), weight_H, 1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(False, False), (True, True), (True, False), (False, True)])
+def test_the_norm_is_torchs(wanted: tuple[bool, bool], context: ParallelContext) -> None:
+    """Frozen and trained, gradients too, on rows of any size; the twin, with another epsilon, is another."""
+    gradient_SBH = torch.randn(5, 3, 24, generator=torch.Generator().manual_seed(5))
+    found = []
+    for epsilon, is_ours in ((1e-5, True), (1e-3, True), (1e-5, False)):
+        norm = norm_of(epsilon, context)
+        state_SBH = operands()[0] * torch.logspace(-3, 2, 5)[:, None, None]
+        pair = [t.requires_grad_(wants) for t, wants in zip((state_SBH, norm.weight), wanted, strict=True)]
+        output_SBH = norm(state_SBH) if is_ours else torchs_norm(*pair)
+        if any(wanted):
+            output_SBH.backward(gradient_SBH)
+        found.append([output_SBH.detach(), *(tensor.grad for tensor in pair if tensor.requires_grad)])
+    for ours, other, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(other, theirs)
+
+
+def test_the_norms_gradients_are_those_of_finite_differences() -> None:
+    state_SBH = operands(torch.float64)[0][:2].requires_grad_()
+    weight_H = torch.linspace(0.5, 2, 24, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *pair: _Norm.apply(*pair, 1e-5), (state_SBH, weight_H))

@@ -1,8 +1,12 @@
 """The process groups of one rank can be opened again and again, and leave nothing behind."""
 
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 
 from pretrain.parallel import launched_rank, launched_world_size, parallel_context
 
@@ -35,6 +39,30 @@ def test_a_process_group_of_the_callers_is_left_standing() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def socket_loops() -> int:
+    """Threads of this process that wait on gloo's sockets."""
+    names = (thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm"))
+    return sum(name == "gloo_tcp_loop" for name in names)
+
+
+def test_all_groups_wait_in_one_thread() -> None:
+    """Also once groups were closed and opened again; the twin: a group as torch makes it has a thread of its own."""
+    for _ in range(2):
+        with parallel_context(tensor_parallel_size=1, seed=0):
+            assert socket_loops() == 1
+            own = ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=9))
+            assert socket_loops() == 2
+            del own
+
+
+def test_a_groups_time_limit_stays_its_own() -> None:
+    with parallel_context(tensor_parallel_size=1, seed=0):
+        limits = (timedelta(seconds=7), timedelta(seconds=70))
+        groups = [dist.new_group([0], timeout=limit) for limit in limits]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        assert [backend.options._timeout for backend in backends] == list(limits)
 
 
 def test_the_seed_sets_torchs_generator() -> None:
