@@ -160,6 +160,7 @@ def measure_run(recipe: RunConfig, steps: int, warmup_steps: int) -> RunFigures:
     from pretrain.parallel import parallel_context
     from pretrain.run import build_loop
     from pretrain.run_record.history import History
+    from pretrain.train_loop import ready_for_steps
 
     seconds = []
     with parallel_context(recipe.parallel.tensor_parallel_size, recipe.seed) as context:
@@ -168,12 +169,13 @@ def measure_run(recipe: RunConfig, steps: int, warmup_steps: int) -> RunFigures:
             recipe, context, open_blend(recipe.data.path), newest=None, history=history, watch=HangWatch(60)
         )
         batches, means = loop.training_batches(), MeanOfSteps(context)
-        for _ in range(steps):
-            _synchronize(context.device)
-            started = time.perf_counter()
-            loop.train_step(batches, means)
-            _synchronize(context.device)
-            seconds.append(time.perf_counter() - started)
+        with ready_for_steps():
+            for _ in range(steps):
+                _synchronize(context.device)
+                started = time.perf_counter()
+                loop.train_step(batches, means)
+                _synchronize(context.device)
+                seconds.append(time.perf_counter() - started)
         memory_gib = peak_memory_gib(context)
     median = statistics.median(seconds[warmup_steps:])
     rate, flops = recipe.tokens_per_step / median, sum(flops_per_token(recipe).values())

@@ -170,6 +170,7 @@ def measure_stall(config: WorkerConfig, recipe: RunConfig) -> dict[str, list[flo
     with opened_loop(recipe) as (loop, _):
         from pretrain.base_ahead import BaseAhead
         from pretrain.data import micro_batches
+        from pretrain.train_loop import ready_for_steps
 
         loop.training_batches()
         assert loop.ahead is not None, "one rank, and the stage's base is frozen"
@@ -177,12 +178,13 @@ def measure_stall(config: WorkerConfig, recipe: RunConfig) -> dict[str, list[flo
         repeated = BaseAhead(repeat(batch), loop.model.module, loop.ahead.group_size)
         kinds = {"loader": loop.ahead, "memory": repeated}
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        for step in range(config.steps):
-            for name in sorted(kinds, reverse=step % 2 == 1):  # neither kind always comes first
-                loop.ahead = kinds[name]
-                started = time.perf_counter()
-                step_loss(loop, kinds[name])
-                seconds[name].append(time.perf_counter() - started)
+        with ready_for_steps():
+            for step in range(config.steps):
+                for name in sorted(kinds, reverse=step % 2 == 1):  # neither kind always comes first
+                    loop.ahead = kinds[name]
+                    started = time.perf_counter()
+                    step_loss(loop, kinds[name])
+                    seconds[name].append(time.perf_counter() - started)
     return seconds
 
 

@@ -65,26 +65,22 @@ def _onednn_takes(input_TI: torch.Tensor) -> bool:
 def product(input_SBI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """input times the weight's transpose [S, B, O]; keeps of both only what the backward pass needs."""
     if input_SBI.stride(0) < input_SBI.stride(1):  # attention's order: multiplied as it lies, not copied
-        return _Product.apply(input_SBI.transpose(0, 1), weight_OI).transpose(0, 1).contiguous()
-    return _Product.apply(input_SBI, weight_OI)
+        return product(input_SBI.transpose(0, 1), weight_OI).transpose(0, 1).contiguous()
+    return _Product.apply(input_SBI.flatten(0, -2), weight_OI).unflatten(0, input_SBI.shape[:-1])
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: BackwardCFunction, input_SBI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: BackwardCFunction, input_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
         wants_input, wants_weight = cast(tuple[bool, bool], ctx.needs_input_grad)
-        kept = (input_SBI if wants_weight else None, weight_OI if wants_input else None)
+        kept = (input_TI if wants_weight else None, weight_OI if wants_input else None)
         ctx.save_for_backward(*cast(tuple[torch.Tensor, torch.Tensor], kept))
-        output_TO = multiply(input_SBI.flatten(0, -2), weight_OI)
-        return output_TO.unflatten(0, input_SBI.shape[:-1])
+        return multiply(input_TI, weight_OI)
 
     @staticmethod
-    def backward(ctx: BackwardCFunction, *gradients_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input_SBI, weight_OI = cast(tuple[torch.Tensor | None, torch.Tensor | None], ctx.saved_tensors)
-        shape, gradient_TO = gradients_SBO[0].shape[:-1], gradients_SBO[0].flatten(0, -2).contiguous()
-        input_gradient = weight_gradient = None
-        if weight_OI is not None:
-            input_gradient = multiply(gradient_TO, weight_OI.T).unflatten(0, shape)
-        if input_SBI is not None:
-            weight_gradient = multiply_for_weight(gradient_TO, input_SBI.flatten(0, -2))
+    def backward(ctx: BackwardCFunction, *gradients_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input_TI, weight_OI = cast(tuple[torch.Tensor | None, torch.Tensor | None], ctx.saved_tensors)
+        gradient_TO = gradients_TO[0].contiguous()
+        input_gradient = None if weight_OI is None else multiply(gradient_TO, weight_OI.T)
+        weight_gradient = None if input_TI is None else multiply_for_weight(gradient_TO, input_TI)
         return input_gradient, weight_gradient

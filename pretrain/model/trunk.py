@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.config import RunConfig
+from pretrain.cpu_products import product
 from pretrain.model.action_transformer import HEAD_SEED
 from pretrain.model.kernels import block_submodules
 from pretrain.model.specs import seeded, transformer_config
@@ -101,7 +102,7 @@ class LlamaTrunk(MegatronModule):
     def logits(self, state_SBH: torch.Tensor) -> torch.Tensor:
         """Token logits [S, B, V] of all positions and this rank's part of the vocabulary; of padded rows the lowest."""
         region_SBH = enter_tensor_region(state_SBH, self.config, self.tp_group)
-        return exclude_padding(torch.nn.functional.linear(region_SBH, self.head_weight), self.tokens_here)
+        return exclude_padding(product(region_SBH, self.head_weight), self.tokens_here)
 
     def token_losses(self, state_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """Cross-entropy [S, B] of each next token, nats, fp32."""
