@@ -19,7 +19,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import describe_machine
@@ -29,6 +28,7 @@ from checkpoint_tools.formats.tensor_reader import TensorFacts
 from data_prep.checksum_list import CHECKSUM_LIST
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import folder_written_whole, write_json_whole
+from data_prep.progress import with_progress
 from data_prep.sample_corpus import SampleCorpusConfig, make_corpora
 from data_prep.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
@@ -160,7 +160,7 @@ def run(config: ConvertBenchConfig) -> dict[str, Any]:
     bench = ConvertBench(work)
     make_model(sizes, bench.source)
     turns: dict[str, list[ProcessFigures]] = {way: [] for way in bench.outputs}
-    for way in tqdm([way for _ in range(config.rounds) for way in bench.outputs], desc="turns"):
+    for way in with_progress([way for _ in range(config.rounds) for way in bench.outputs], "turns"):
         turns[way].append(bench.measure(way))
     if not bench.came_back():
         raise UserError(

@@ -20,7 +20,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.measured_process import ProcessFigures, add_figures, run_measured
@@ -30,6 +29,7 @@ from data_prep.blended_data import open_blend
 from data_prep.corpus_sources import SOURCES
 from data_prep.errors import IntegrityError, run_cli
 from data_prep.output_files import read_json_object, write_json_whole
+from data_prep.progress import with_progress
 from data_prep.unit_manifest import read_unit_manifest
 
 CORES = (1, 2)
@@ -219,7 +219,7 @@ def main() -> None:
     tokens = tokens_of(config.folder / "ours")
     ways = ways_of(config, tokens)
     results: dict[str, dict[str, dict[str, ProcessFigures]]] = {way.name: {} for way in ways}
-    for way, cores in tqdm([(way, cores) for cores in CORES for way in ways], desc="ways"):
+    for way, cores in with_progress([(way, cores) for cores in CORES for way in ways], "ways"):
         if (way.name, cores) != ("limit", 2):
             results[way.name][str(cores)] = time_way(config, way, cores)
     digest = check_same_tokens(config, [way.name for way in ways if way.name != "limit"])

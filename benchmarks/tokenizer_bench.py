@@ -23,7 +23,6 @@ import tyro
 import xxhash
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from benchmarks.engines import BYTE_LEVEL_ENGINES, SENTENCEPIECE_ENGINES
 from benchmarks.machine import describe_machine
@@ -31,6 +30,7 @@ from data_prep.corpus_readers import read_batches
 from data_prep.corpus_sources import SOURCES, find_files
 from data_prep.errors import run_cli
 from data_prep.output_files import new_folder, write_json_whole
+from data_prep.progress import with_progress
 from data_prep.train_tokenizer import build_twin, train_sentencepiece
 
 COLD_BYTES = 5_000_000
@@ -157,7 +157,7 @@ def main() -> None:
     if not sentencepiece_folder.is_dir():
         make_sentencepiece(config.corpora, sentencepiece_folder)
     results: dict[str, dict[str, dict]] = {}
-    for name in tqdm(config.engines, desc="engines"):
+    for name in with_progress(config.engines, "engines"):
         vocabulary, engine = name.split("/")
         results.setdefault(vocabulary, {})[engine] = run_engine(config, name)
     for vocabulary, by_engine in results.items():

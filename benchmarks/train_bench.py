@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.measured_process import run_measured
@@ -34,6 +33,7 @@ from benchmarks.train_bench_setup import (
 )
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import read_json_object, write_json_whole
+from data_prep.progress import with_progress
 from pretrain.config import StageName
 
 FROZEN_BASE_STAGES: tuple[StageName, ...] = ("idm", "policy")
@@ -152,7 +152,7 @@ def run(config: TrainBenchConfig) -> dict[str, Any]:
     bench.prepare()
     ways = WAYS + (CHECKPOINTED_WAYS if config.with_checkpointing else ())
     reports: dict[str, list[dict[str, Any]]] = {way.name: [] for way in ways}
-    for way in tqdm([way for _ in range(config.rounds) for way in ways], desc="ways"):
+    for way in with_progress([way for _ in range(config.rounds) for way in ways], "ways"):
         reports[way.name].append(bench.measure(way))
     differences = {
         stage: bench.loss_difference(stage, reports[stage][0]["losses"]) for stage in FROZEN_BASE_STAGES

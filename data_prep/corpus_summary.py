@@ -17,14 +17,14 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from data_prep.corpus_figure import draw_summary, with_unit
 from data_prep.corpus_sources import SPLITS
 from data_prep.errors import UserError, run_cli
 from data_prep.indexed_shards import manifest_path
 from data_prep.output_files import partial_path, publish_file, write_json_whole
-from data_prep.shard_inventory import PROGRESS_SECONDS, SUMMARY_FIGURE, SUMMARY_FILE
+from data_prep.progress import with_progress
+from data_prep.shard_inventory import SUMMARY_FIGURE, SUMMARY_FILE
 from data_prep.unit_manifest import (
     LENGTH_BINS,
     UNITS_FILE,
@@ -133,7 +133,7 @@ def summarise(tokenized: Path) -> Summary:
         units = read_source_units(folder)
         splits = {split: SplitSummary() for split in SPLITS if units.of_split(split)}
         prefixes = [(split, folder / split / unit) for split in splits for unit in units.of_split(split)]
-        for split, prefix in tqdm(prefixes, folder.name, leave=False, mininterval=PROGRESS_SECONDS):
+        for split, prefix in with_progress(prefixes, folder.name, leave=False):
             if manifest_path(prefix).exists():
                 splits[split].add(read_unit_manifest(manifest_path(prefix)))
             else:

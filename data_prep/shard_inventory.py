@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_prep.blended_data import (
     BLEND_FILE,
     REMEDY_ANEW,
@@ -21,9 +19,9 @@ from data_prep.corpus_sources import SPLITS
 from data_prep.errors import IntegrityError, UserError
 from data_prep.indexed_shards import bin_path, idx_path, manifest_path
 from data_prep.output_files import file_checksum, read_sealed_json
+from data_prep.progress import with_progress
 from data_prep.unit_manifest import UNITS_FILE, UnitManifest, read_source_units, read_unit_manifest
 
-PROGRESS_SECONDS = 0.5
 SUMMARY_FILE, SUMMARY_FIGURE = "summary.json", "summary.png"  # of corpus_summary.py, beside the sources
 STRAY_REMEDY = "delete it or move it elsewhere"
 # What all units of a source have in common.
@@ -119,7 +117,7 @@ def add_source(folder: Path, inventory: Inventory) -> None:
         found = read_source_units(folder)
         source, units = found.source, {split: found.of_split(split) for split in SPLITS}
     prefixes = [folder / split / unit for split in SPLITS for unit in units[split]]
-    for prefix in tqdm(prefixes, f"{folder.name} manifests", leave=False, mininterval=PROGRESS_SECONDS):
+    for prefix in with_progress(prefixes, f"{folder.name} manifests", leave=False):
         inventory.listed |= {bin_path(prefix), idx_path(prefix), manifest_path(prefix)}
         with inventory.collecting_problems(manifest_path(prefix)):
             add_unit(prefix, source, inventory)

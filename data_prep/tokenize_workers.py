@@ -8,10 +8,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_prep.errors import UserError
 from data_prep.process_ties import die_with_parent
+from data_prep.progress import progress_bar
 from data_prep.tokenize_unit import Unit, UnitOptions, UnitTokenizer
 from data_prep.unit_manifest import UnitManifest
 
@@ -22,9 +21,7 @@ class ProgressBar:
     """A bar over the bytes of the input files, with the rates of text and tokens beside it."""
 
     def __init__(self, total_bytes: int, label: str) -> None:
-        self._bar = tqdm(
-            total=total_bytes, desc=label, unit="B", unit_scale=True, mininterval=PROGRESS_SECONDS
-        )
+        self._bar = progress_bar(label, total_bytes, unit="B", unit_scale=True)
         self._input_bytes, self._text_bytes, self._tokens = 0.0, 0, 0
 
     def add(self, input_bytes: float, text_bytes: int, tokens: int) -> None:

@@ -25,13 +25,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 import xxhash
-from tqdm import tqdm
 
 from data_prep.errors import IntegrityError, UserError, run_cli
 from data_prep.indexed_shards import bin_path, check_pair, idx_path, token_dtype
 from data_prep.output_files import file_checksum
+from data_prep.progress import progress_bar
 from data_prep.shard_inventory import (
-    PROGRESS_SECONDS,
     ExpectedShard,
     Inventory,
     check_checksum,
@@ -159,7 +158,7 @@ def read_block(stream: FileIO, block: memoryview) -> int:
 def check_shards(shards: Iterable[ExpectedShard], workers: int, total_bytes: int) -> list[str]:
     """Check all shards in threads (reading and checksums leave Python's lock alone); problems in their order."""
     lock = threading.Lock()
-    bar = tqdm(total=total_bytes, desc="verify", unit="B", unit_scale=True, mininterval=PROGRESS_SECONDS)
+    bar = progress_bar("verify", total_bytes, unit="B", unit_scale=True)
 
     def report(count: int) -> None:
         with lock:

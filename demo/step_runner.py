@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO
 
 from data_prep.errors import UserError
+from data_prep.progress import INTERVAL_VARIABLE
 from demo.progress import ProgressDisplay, copy_output
 from demo.step_state import PlannedStep, Step, StepRecord, StepState, hash_outputs, missing_outputs
 
@@ -106,7 +107,8 @@ def _run_step(
 def _environment(step: Step) -> dict[str, str]:
     # Threads that spin while they wait cost minutes where something else uses the cores as well.
     threads = {"OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return threads | {"PYTHONUNBUFFERED": "1"}
+    shown_as_it_comes = {"PYTHONUNBUFFERED": "1", INTERVAL_VARIABLE: "1"}
+    return threads | shown_as_it_comes
 
 
 def _run_command(

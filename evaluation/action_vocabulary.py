@@ -18,12 +18,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.blended_data import open_blend
 from data_prep.errors import run_cli
 from data_prep.output_files import write_json_whole
+from data_prep.progress import progress_bar
 from evaluation.checks import output_problems, raise_problems
 from evaluation.held_out_blocks import DEFAULT_SEQUENCE_LENGTH, check_fit, held_out_blocks
 from evaluation.huggingface_model import ColaScorer, decode, load_exported_model
@@ -87,7 +87,7 @@ def action_token_probs(model: ColaScorer, tokens_NS: torch.Tensor, *, progress: 
     weights_A = torch.zeros(num_actions, dtype=torch.float64)
     batches = tokens_NS.split(BATCH_BLOCKS)
     steps = len(batches) * num_actions
-    with tqdm(total=steps, desc="action vocabulary", mininterval=1, disable=not progress) as bar:
+    with progress_bar("action vocabulary", steps, unit="step", shown=progress) as bar:
         for tokens_BS in batches:
             context_BC = tokens_BS[:, :-1].to(model.device)
             policy_BCA = model.policy_logits(context_BC).float().softmax(-1)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from data_prep.progress import progress_bar
 from evaluation.huggingface_model import ColaScorer
 
 # N blocks, B batch, S sequence, V vocabulary, A actions. C = S-1: the positions that have a next token.
@@ -192,7 +192,7 @@ def _scored_batches(
     plan = plan_chunks(chunk_gib, sequence_length, model.config.vocab_size, model.config.num_actions)
     total_blocks = sum(tokens_NS.shape[0] for tokens_NS in blocks.values())
     actions_NC = random_actions(total_blocks, sequence_length - 1, model.config.num_actions, seed)
-    with tqdm(total=total_blocks, desc="held-out", unit="block", mininterval=1, disable=not progress) as bar:
+    with progress_bar("held-out", total_blocks, unit="block", shown=progress) as bar:
         for source, tokens_NS in blocks.items():
             source_actions_NC, actions_NC = actions_NC.split(
                 [tokens_NS.shape[0], len(actions_NC) - len(tokens_NS)]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data_prep.output_files import append_line, write_text_whole
+from data_prep.progress import progress_bar
 from pretrain.checkpoints.checkpoint_folder import LoopState
 from pretrain.config import METRICS_FILE, RunConfig
 from pretrain.faults.bad_steps import BadStepError
@@ -154,9 +154,7 @@ class MetricsWriter:
         drop_lines_after(self.path, first_step)
         self.wandb_run = _start_wandb(config)
         print(f"{config.stage}: TFLOP/s are over all ranks and count {CONVENTION}", flush=True)
-        self.bar = tqdm(
-            total=config.training.steps, initial=first_step, desc=config.stage, unit="step", mininterval=1.0
-        )
+        self.bar = progress_bar(config.stage, config.training.steps, initial=first_step, unit="step")
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.measured_process import run_measured
@@ -37,6 +36,7 @@ from benchmarks.train_bench_setup import (
 from data_prep.checksum_list import find_damage
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import write_json_whole
+from data_prep.progress import with_progress
 from pretrain.checkpoints.checkpoint_folder import newest_checkpoint
 from pretrain.config import METRICS_FILE, CheckpointConfig, LoggingConfig, RunConfig
 from pretrain.run_record.history import Event, read_history
@@ -104,7 +104,7 @@ def run(config: OverheadConfig) -> dict[str, object]:
     saving = bench.recipe("saving", config.interval_steps)
     step_seconds: dict[str, list[float]] = {"without": [], "saving": []}
     saves: list[Event] = []
-    for _ in tqdm(range(config.rounds), desc="rounds"):
+    for _ in with_progress(range(config.rounds), "rounds"):
         for name, recipe in (("without", without), ("saving", saving)):
             bench.train(recipe, "--overwrite")
             step_seconds[name] += step_times(recipe.run_folder)

@@ -25,12 +25,12 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.train_bench_setup import write_recipe
 from data_prep.errors import UserError, run_cli
 from data_prep.output_files import write_json_whole
+from data_prep.progress import progress_bar
 from pretrain import cpu_redirects
 from pretrain.config import RunConfig
 from pretrain.run_record.run_status import read_status, training_seconds
@@ -106,7 +106,7 @@ def carry_out(
     reference, under_faults = (_make_run(folder, name, plan) for name in (REFERENCE, UNDER_FAULTS))
     run_uninterrupted(reference, ranks, module)
     disk = small_disk.small_disk(mark_as_started(under_faults)) if with_disk else contextlib.nullcontext()
-    with disk, tqdm(total=len(plan.faults), desc="faults", unit="fault") as bar:
+    with disk, progress_bar("faults", len(plan.faults), unit="fault") as bar:
 
         def report(result: SoakResult) -> None:
             bar.set_postfix(starts=result.starts, recovered=result.recovered, refresh=False)
@@ -123,7 +123,7 @@ def run_uninterrupted(recipe: RunConfig, ranks: int, module: str) -> None:
     log = recipe.run_folder.with_suffix(".log")
     process = RunProcess(_recipe_file(recipe), ranks, module, log)
     try:
-        with tqdm(total=recipe.training.steps, desc="uninterrupted run", unit="step") as bar:
+        with progress_bar("uninterrupted run", recipe.training.steps, unit="step") as bar:
             while process.exit_code is None:
                 if (done := last_step(recipe.run_folder)) > bar.n:
                     bar.update(done - bar.n)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from checkpoint_tools.formats.opened_model import OpenedCheckpoint, OpenedModel
 from checkpoint_tools.formats.weight_map import weight_rules
+from data_prep.progress import progress_bar
 from pretrain.fingerprint import BITS_VIEW
 
 CHUNK_ELEMENTS = 1 << 20  # compared at once, within the processor's cache
@@ -101,7 +101,7 @@ def compare_tensors(left: OpenedModel, right: OpenedModel, parts: tuple[str, ...
     marks: dict[str, tuple[_Marks, _Marks]] = {}
     total = sum(left.reader.facts[name].bytes for name in names)
     verdicts: list[TensorDifference | _Verdict] = []
-    with tqdm(total=total, desc="tensors", unit="B", unit_scale=True, leave=False) as progress:
+    with progress_bar("tensors", total, unit="B", unit_scale=True, leave=False) as progress:
         for name in names:
             verdicts.append(_compare(name, left, right, marks))
             progress.update(left.reader.facts[name].bytes)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from checkpoint_tools.formats.megatron_files import MegatronWeights
 from checkpoint_tools.formats.opened_model import HF_CONFIG_FILE, open_model
@@ -19,6 +18,7 @@ from checkpoint_tools.formats.tensor_reader import TensorReader
 from checkpoint_tools.formats.weight_map import weight_rules
 from data_prep.errors import UserError
 from data_prep.output_files import read_json_object
+from data_prep.progress import progress_bar
 from pretrain import cpu_redirects
 
 cpu_redirects.apply()
@@ -39,7 +39,6 @@ from pretrain.recipes import recipe_from_fields
 
 Check = Literal["ok", "DAMAGED", "not recorded"]
 GONE = "gone"
-PROGRESS_SECONDS = 1.0
 _CHUNK_ELEMENTS = 1 << 18  # in fp32, so that they stay in the cache
 
 
@@ -222,9 +221,7 @@ def _facts(source: _Source, name: str, part: str) -> ShownTensor:
 
 def _with_values(source: _Source, tensors: Sequence[ShownTensor]) -> Iterator[ShownTensor]:
     total_bytes = sum(tensor.bytes for tensor in tensors)
-    with tqdm(
-        total=total_bytes, desc="read", unit="B", unit_scale=True, mininterval=PROGRESS_SECONDS, leave=False
-    ) as bar:
+    with progress_bar("read", total_bytes, unit="B", unit_scale=True, leave=False) as bar:
         for tensor in tensors:
             yield replace(tensor, values=_read_values(source, tensor.name))
             bar.update(tensor.bytes)

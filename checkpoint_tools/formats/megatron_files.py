@@ -36,11 +36,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
-from tqdm import tqdm
 
 from checkpoint_tools.formats.tensor_reader import TensorFacts, TensorReader, read_ahead
 from data_prep.blending.flush import BackgroundFlush
 from data_prep.errors import UserError
+from data_prep.progress import progress_bar
 from pretrain import cpu_redirects
 
 cpu_redirects.apply()
@@ -153,7 +153,7 @@ def write_weights(folder: Path, entries: Entries, reader: TensorReader, label: s
     torch.serialization.set_crc32_options(False)
     try:
         with (
-            tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False) as progress,
+            progress_bar(label, total, unit="B", unit_scale=True, leave=False) as progress,
             (folder / DATA_FILE).open("wb") as stream,
             BackgroundFlush(folder / DATA_FILE) as flush,
         ):

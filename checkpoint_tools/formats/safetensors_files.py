@@ -15,10 +15,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
 from checkpoint_tools.formats.file_checksums import (
     DIGESTS,
@@ -32,11 +30,11 @@ from data_prep.blending.flush import BackgroundFlush
 from data_prep.checksum_list import CHECKSUM_LIST, write_checksum_list
 from data_prep.errors import IntegrityError, UserError
 from data_prep.output_files import read_json_object, write_json_whole
+from data_prep.progress import progress_bar
 
 INDEX_NAME = "model.safetensors.index.json"
 PYTORCH_FORMAT: Mapping[str, str] = {"format": "pt"}  # transformers refuses files that do not say so
 BLOCK_BYTES = 1 << 22  # cast, hashed and written together, while in the processor's cache
-PROGRESS_SECONDS = 1.0
 
 SHARD_NAME = re.compile(r"(?P<family>.+?)(-\d{5}-of-(?P<total>\d{5}))?\.safetensors")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -100,7 +98,7 @@ class SafetensorsFolder:
                 f"{missing[0]}: is named in {expected[missing[0]][0]} but is missing; download it again"
             )
         total_bytes = sum(path.stat().st_size for path in expected)
-        with _bar(total_bytes, "check", progress) as bar:
+        with progress_bar("check", total_bytes, unit="B", unit_scale=True, shown=progress) as bar:
             for path, (kind, checksum) in expected.items():
                 if file_sum(path, kind, bar.update) != checksum:
                     raise IntegrityError(f"{path}: is not what its checksum says; download it again")
@@ -201,17 +199,6 @@ def _merge(folder: Path, shards: Iterable[str]) -> dict[str, TensorPlace]:
     return places
 
 
-def _bar(total_bytes: int, label: str, progress: bool) -> "tqdm[NoReturn]":
-    return tqdm(
-        total=total_bytes,
-        desc=label,
-        unit="B",
-        unit_scale=True,
-        mininterval=PROGRESS_SECONDS,
-        disable=not progress,
-    )
-
-
 def plan_shards(
     facts: Mapping[str, TensorFacts], names: Iterable[str], shard_bytes: int
 ) -> dict[str, dict[str, TensorFacts]]:
@@ -273,7 +260,7 @@ def write_safetensors(
     headers = {file: header_of(tensors, metadata) for file, tensors in plan.items()}  # fails before any data
     total_bytes = sum(facts.bytes for facts in planned.values())
     sums = {}
-    with _bar(total_bytes, "write", progress) as bar:
+    with progress_bar("write", total_bytes, unit="B", unit_scale=True, shown=progress) as bar:
         for file, tensors in plan.items():
             sums[file] = _write_shard(folder / file, headers[file], tensors, reader, bar.update)
     if len(plan) > 1:

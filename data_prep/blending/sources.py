@@ -4,7 +4,6 @@ The manifests are read once and only their totals are kept. The lengths of the d
 memory: `scan_documents` goes over the index files, a stretch of at most about a million documents at a time.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from tqdm import tqdm
 from data_prep.corpus_sources import SPLITS
 from data_prep.errors import UserError
 from data_prep.indexed_shards import HEADER, check_pair, idx_path, manifest_path
+from data_prep.progress import progress_bar
 from data_prep.text_tokenizer import TextTokenizer
 from data_prep.unit_manifest import UNITS_FILE, UnitManifest, read_source_units, read_unit_manifest
 
 STRETCH_DOCUMENTS = 1 << 20
 BAR_DELAY_SECONDS = 2.0
-TERMINAL_SECONDS, LOG_SECONDS = 1.0, 30.0
 
 # Is told how many documents were looked at since the last call.
 Advance = Callable[[int], object]
@@ -71,22 +70,9 @@ class Stretch(NamedTuple):
     """[documents] int64."""
 
 
-def progress_seconds() -> float:
-    """How often a progress bar is drawn: a log file gets a line each time."""
-    return TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-
-
 def waiting_bar(name: str, total: int, unit: str) -> "tqdm[NoReturn]":
     """Progress of something before the writing; what takes a moment only shows nothing."""
-    return tqdm(
-        total=total,
-        desc=name,
-        unit=unit,
-        unit_scale=True,
-        delay=BAR_DELAY_SECONDS,
-        mininterval=progress_seconds(),
-        leave=False,
-    )
+    return progress_bar(name, total, unit=unit, unit_scale=True, leave=False, delay_seconds=BAR_DELAY_SECONDS)
 
 
 def load_source(folder: Path, source: str, tokenizer: TextTokenizer) -> dict[str, SourceSplit]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from tqdm import tqdm
 
 from data_prep.blended_data import BLEND_FORMAT_VERSION, BlendedShard
 from data_prep.blending.blended_shard import BlendedShardWriter
@@ -19,11 +18,12 @@ from data_prep.blending.gather import Documents, ShardGroup, ShardStream, groups
 from data_prep.blending.leaks import ValidationDocuments, documents_within
 from data_prep.blending.plan import BlendPlan
 from data_prep.blending.reader import DocumentReader
-from data_prep.blending.sources import progress_seconds, waiting_bar
+from data_prep.blending.sources import waiting_bar
 from data_prep.block_checksums import blocks_path, check_blocks_size
 from data_prep.errors import UserError
 from data_prep.indexed_shards import bin_path, check_pair, idx_path, manifest_path
 from data_prep.output_files import partial_path, read_sealed_json, write_sealed_json
+from data_prep.progress import progress_bar
 
 SEGMENT_BYTES = 1 << 27  # in memory at a time; the larger, the fewer times each input file is visited
 IN_VALIDATION = "in_validation"
@@ -50,9 +50,7 @@ class WritingBar(AbstractContextManager["WritingBar"]):
     """Progress in tokens, with tokens/s, MB/s and the time that is left."""
 
     def __init__(self, tokens: int, token_bytes: int) -> None:
-        self._bar = tqdm(
-            total=tokens, desc="blend", unit="token", unit_scale=True, mininterval=progress_seconds()
-        )
+        self._bar = progress_bar("blend", tokens, unit="token", unit_scale=True)
         self._token_bytes = token_bytes
         self._start_seconds = time.monotonic()
 
