@@ -27,6 +27,8 @@ LAYOUTS = {
     "idm_pipeline": {"pipeline_parallel_size": 2},
     "policy_pipeline": {"pipeline_parallel_size": 2},
     "policy_tied": {"pipeline_parallel_size": 2},
+    "idm_halves": {"pipeline_parallel_size": 2, "pipeline_layout": "base*2.5 | base*2.5 idm*3"},
+    "policy_halves": {"pipeline_parallel_size": 2, "pipeline_layout": "base*5 idm*3 policy*1.5 | policy*1.5"},
 }
 
 
