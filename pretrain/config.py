@@ -166,7 +166,8 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     """Pipeline stages: ranks that hold consecutive layers."""
     pipeline_layout: str | None = None
-    """Layers of each pipeline stage, e.g. "base*28 | base*4 idm*4"; null: by the FLOPs of the layers."""
+    """Layers of each pipeline stage, e.g. "base*28 | base*4 idm*4", a half being a block's attention or its MLP; null:
+    by the FLOPs of the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,14 @@ CONVENTION = "2 FLOPs a multiply-add, causal half of attention, only what the me
 
 def block_flops(model: ModelConfig, sequence_length: int) -> float:
     """Forward FLOPs a token of one decoder block."""
-    return block_product_flops(model) + 2 * model.num_attention_heads * model.head_size * sequence_length
+    return sum(half_block_flops(model, sequence_length))
+
+
+def half_block_flops(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """The same of its attention and of its MLP."""
+    mlp = 6 * model.hidden_size * model.ffn_hidden_size
+    scores = 2 * model.num_attention_heads * model.head_size * sequence_length
+    return block_product_flops(model) - mlp + scores, mlp
 
 
 def block_product_flops(model: ModelConfig) -> float:

@@ -1,31 +1,48 @@
 """Which layers each pipeline stage holds, so that all stages take equally long.
 
-The layers of a training stage form one chain, base then IDM then policy, cut into consecutive runs. The embedding is
-on the first pipeline stage; world model, token head and losses are on the last. A frozen layer costs its forward
-pass, a trained one about three times as much; costs are the FLOPs of `pretrain.flops`.
+The layers of a training stage form one chain, base then IDM then policy, cut into consecutive runs, between two blocks
+or between a block's attention and its MLP: the same state crosses either way. The embedding is on the first pipeline
+stage; world model, token head and losses are on the last. A frozen layer costs its forward pass, a trained one about
+three times as much; costs are the FLOPs of `pretrain.flops`.
 """
 
 import re
 from functools import cache
+from itertools import accumulate, pairwise
+from math import ceil, floor, inf
 from typing import NamedTuple
 
 from pretrain.config import RunConfig
-from pretrain.flops import block_flops, flops_per_token
+from pretrain.flops import flops_per_token, half_block_flops
 
 PARTS_IN_ORDER = ("base", "idm", "policy")
-_ITEM = re.compile(r"(base|idm|policy)\*(\d+)")
+_ITEM = re.compile(r"(base|idm|policy)\*(\d+(?:\.5)?)")
+
+
+class BlockHalves(NamedTuple):
+    """Which halves of a decoder block a pipeline stage holds."""
+
+    attention: bool = True
+    mlp: bool = True
+
+
+class HalfCounts(NamedTuple):
+    """Numbers of halves of blocks."""
+
+    attention: int
+    mlp: int
 
 
 class StageLayers(NamedTuple):
-    """Numbers of decoder blocks of each part on one pipeline stage."""
+    """Numbers of decoder blocks of each part on one pipeline stage; attention and MLP are half a block each."""
 
-    base: int = 0
-    idm: int = 0
-    policy: int = 0
+    base: float = 0
+    idm: float = 0
+    policy: float = 0
 
     def __str__(self) -> str:
         return (
-            " ".join(f"{part}*{count}" for part, count in self._asdict().items() if count) or "(heads only)"
+            " ".join(f"{part}*{count:g}" for part, count in self._asdict().items() if count) or "(heads only)"
         )
 
 
@@ -37,11 +54,24 @@ class Placement(NamedTuple):
     def __str__(self) -> str:
         return " | ".join("" if stage == StageLayers() else str(stage) for stage in self.stages)
 
-    def layers_by_stage(self, part: str) -> list[int]:
+    def layers_by_stage(self, part: str) -> list[float]:
         """Blocks of `part` on each stage."""
         return [getattr(stage, part) for stage in self.stages]
 
-    def done_before(self, part: str, stage: int) -> int:
+    def blocks_on(self, part: str, stage: int) -> list[BlockHalves]:
+        """The blocks of `part` that are on `stage`, wholly or by half, in order."""
+        begin, end = self.done_before(part, stage), self.done_before(part, stage + 1)
+        return [
+            BlockHalves(attention=begin <= block, mlp=block + 1 <= end)
+            for block in range(floor(begin), ceil(end))
+        ]
+
+    def halves_on(self, part: str, stage: int) -> HalfCounts:
+        """How many attentions and how many MLPs of `part` are on `stage`."""
+        blocks = self.blocks_on(part, stage)
+        return HalfCounts(sum(block.attention for block in blocks), sum(block.mlp for block in blocks))
+
+    def done_before(self, part: str, stage: int) -> float:
         """Blocks of `part` on the stages before `stage`."""
         return sum(self.layers_by_stage(part)[:stage])
 
@@ -64,6 +94,7 @@ def chain_layers(config: RunConfig) -> StageLayers:
     )
 
 
+@cache  # a plan asks dozens of times, and 90 layers on 8 stages take 50 ms
 def place_layers(config: RunConfig) -> Placement:
     """The layout the recipe asks for, else the one whose slowest pipeline stage is fastest.
 
@@ -73,12 +104,13 @@ def place_layers(config: RunConfig) -> Placement:
     size = config.parallel.pipeline_parallel_size
     if config.parallel.pipeline_layout is not None:
         return parse_layout(config.parallel.pipeline_layout, size, chain_layers(config))
-    costs, extra = _layer_costs(config), last_stage_extra(config)
-    return _balanced(chain_layers(config), costs, extra, size, config.stage == "idm")
+    return _balanced(config, size)
 
 
 def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> Placement:
     """Read "base*28 | base*4 idm*4": a run of layers for each pipeline stage.
+
+    In "base*27.5 | base*4.5 idm*4" the 28th block's attention is on the first stage, its MLP on the second.
 
     Raises:
         ValueError: with what is wrong.
@@ -88,8 +120,8 @@ def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> 
         items = stage_text.split()
         matches = [_ITEM.fullmatch(item) for item in items]
         if not all(matches):
-            raise ValueError(f"'{stage_text.strip()}' is not a run such as 'base*4 idm*4'")
-        pairs = [(match[1], int(match[2])) for match in matches if match]
+            raise ValueError(f"'{stage_text.strip()}' is not a run such as 'base*4.5 idm*4'")
+        pairs = [(match[1], float(match[2])) for match in matches if match]
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"'{stage_text.strip()}' names a part twice; add its layers up")
         order += [PARTS_IN_ORDER.index(part) for part, _ in pairs]
@@ -106,14 +138,21 @@ def parse_layout(text: str, pipeline_parallel_size: int, chain: StageLayers) -> 
         raise ValueError(f"places {sums}, the model has {chain}")
     if stages[0].base == 0:
         raise ValueError("the first stage must hold base layers")
+    if not all(map(any, stages[:-1])):
+        raise ValueError("only the last stage may be without layers")
     return placement
 
 
 def stage_costs(config: RunConfig, placement: Placement) -> list[float]:
     """FLOPs a token of each pipeline stage, forward and backward."""
-    layer_cost = _layer_costs(config)
-    costs: list[float] = [
-        sum(count * cost for count, cost in zip(stage, layer_cost, strict=True)) for stage in placement.stages
+    half_costs = _half_costs(config)
+    costs = [
+        sum(
+            count * cost
+            for part in PARTS_IN_ORDER
+            for count, cost in zip(placement.halves_on(part, stage), half_costs[part], strict=True)
+        )
+        for stage in range(len(placement.stages))
     ]
     costs[-1] += last_stage_extra(config)
     return costs
@@ -125,45 +164,69 @@ def balance(config: RunConfig, placement: Placement) -> float:
     return sum(costs) / len(costs) / max(costs)
 
 
-def _layer_costs(config: RunConfig) -> StageLayers:
-    block = block_flops(config.model, config.data.sequence_length)
-    return StageLayers(*(block * (3 if part == config.stage else 1) for part in PARTS_IN_ORDER))  # type: ignore[arg-type]
+def _half_costs(config: RunConfig) -> dict[str, tuple[float, float]]:
+    """FLOPs a token of a block's attention and of its MLP, by part."""
+    attention, mlp = half_block_flops(config.model, config.data.sequence_length)
+    factors = {part: 3 if part == config.stage else 1 for part in PARTS_IN_ORDER}
+    return {part: (factor * attention, factor * mlp) for part, factor in factors.items()}
 
 
 def last_stage_extra(config: RunConfig) -> float:
     """FLOPs a token of what always is on the last pipeline stage: world model, heads, losses."""
-    layers = sum(count * cost for count, cost in zip(chain_layers(config), _layer_costs(config), strict=True))
+    half_costs = _half_costs(config)
+    layers = sum(count * sum(half_costs[part]) for part, count in chain_layers(config)._asdict().items())
     return sum(flops_per_token(config).values()) - layers
 
 
-def _balanced(
-    chain: StageLayers, costs: StageLayers, last_extra: float, size: int, last_may_be_heads: bool
-) -> Placement:
-    """Cut the chain into `size` runs with the least possible maximum cost; ties go to later cuts.
+def _balanced(config: RunConfig, size: int) -> Placement:
+    """Cut the chain into `size` runs with the least possible maximum cost.
 
-    World model and token head can fill a last stage without layers in stage `idm`, where they are trained through.
+    Ties go to fewer cuts within blocks, then to later cuts.
     """
-    units = [part for part, count in zip(PARTS_IN_ORDER, chain, strict=True) for _ in range(count)]
-    prefix = [0.0]
-    for part in units:
-        prefix.append(prefix[-1] + getattr(costs, part))
+    chain, half_costs = chain_layers(config), _half_costs(config)
+    halves = [part for part in PARTS_IN_ORDER for _ in range(2 * int(getattr(chain, part)))]
+    costs = [half_costs[part][index % 2] for index, part in enumerate(halves)]
+    sums = list(accumulate(costs, initial=0.0))
+    # World model and token head can fill a last stage without layers in stage `idm`, where they are trained through.
+    least_on_last = 0 if config.stage == "idm" else 1
+    extra = last_stage_extra(config)
+    least = _best_cut(sums, extra, size, least_on_last, goal=0.0).slowest
+    ends = _best_cut(sums, extra, size, least_on_last, goal=least).ends
+    runs = [halves[first:end] for first, end in pairwise((0, *ends))]
+    return Placement(tuple(StageLayers(*(run.count(part) / 2 for part in PARTS_IN_ORDER)) for run in runs))
+
+
+class _Cut(NamedTuple):
+    slowest: float
+    """Cost of the slowest stage, or the goal if that is more."""
+    within_blocks: int
+    """Cuts between attention and MLP."""
+    ends: tuple[int, ...]
+    """Half blocks that are done at the end of each stage."""
+
+
+def _best_cut(sums: list[float], last_extra: float, size: int, least_on_last: int, goal: float) -> _Cut:
+    """The cut into `size` runs of half blocks whose first i cost `sums[i]`; what is below `goal` is fast enough.
+
+    So with the least possible cost as `goal`, the fewest cuts within blocks that reach it.
+    """
+    last = len(sums) - 1
 
     @cache
-    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        """Least maximum of units[first:] on `stages` stages, and where they end."""
+    def best(first: int, stages: int) -> _Cut:
+        """Of the half blocks from `first` on, on `stages` stages."""
         if stages == 1:
-            if first == len(units) and not last_may_be_heads:
-                return float("inf"), (first,)
-            return prefix[-1] - prefix[first] + last_extra, (len(units),)
-        options = []
-        for end in range(len(units), first, -1):  # no stage but the last may be without layers
-            rest, ends = best(end, stages - 1)
-            options.append((max(prefix[end] - prefix[first], rest), (end, *ends)))
-        return min(options, key=lambda option: option[0], default=(float("inf"), ()))
+            cost = sums[last] - sums[first] + last_extra if last - first >= least_on_last else inf
+            return _Cut(max(cost, goal), 0, (last,))
+        found = _Cut(inf, 0, ())
+        for end in range(first + 1, last + 1):  # no stage but the last may be without layers
+            cost = sums[end] - sums[first]
+            if cost > found.slowest:
+                break
+            rest = best(end, stages - 1)
+            option = _Cut(max(cost, rest.slowest), rest.within_blocks + end % 2, (end, *rest.ends))
+            if option[:2] <= found[:2]:
+                found = option
+        return found
 
-    ends = best(0, size)[1]
-    stages, first = [], 0
-    for end in ends:
-        stages.append(StageLayers(*(units[first:end].count(part) for part in PARTS_IN_ORDER)))
-        first = end
-    return Placement(tuple(stages))
+    return best(0, size)

@@ -22,15 +22,14 @@ class ActionTransformer(MegatronModule):
     """Causal decoder blocks, a norm of their own, and a linear head over the actions; or a pipeline stage's share."""
 
     def __init__(self, config: RunConfig, part: str, groups: ProcessGroupCollection) -> None:
-        layers_by_stage = place_layers(config).layers_by_stage(part)
+        placement, stage = place_layers(config), groups.pp.rank()
         stack_config = transformer_config(config, part)
         super().__init__(config=stack_config)
         self.tp_group = groups.tp
-        stage = groups.pp.rank()
-        self.ends_here = sum(layers_by_stage[stage + 1 :]) == 0
+        self.ends_here = placement.complete_before(part, stage + 1)
         self.blocks = TransformerBlock(
             config=stack_config,
-            spec=block_submodules(layers_by_stage[stage]),
+            spec=block_submodules(placement.blocks_on(part, stage)),
             post_process=self.ends_here,
             pg_collection=groups,
         )

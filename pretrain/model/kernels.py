@@ -5,6 +5,8 @@ norms differ in the module (`local_name`).
 Shapes: S sequence, B batch, H hidden.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -26,6 +29,7 @@ from pretrain.model.gated_mlp import GatedMlp
 from pretrain.model.norm import RmsNorm
 from pretrain.model.specs import InitMethod, seeded, uses_transformer_engine
 from pretrain.model.tensor_region import RegionLinear, enter_tensor_region
+from pretrain.placement import BlockHalves
 
 # Transformer Engine keeps these norms in the linear layers that they feed.
 _FUSED_NORMS = {
@@ -43,25 +47,37 @@ def local_name(parameter_name: str) -> str:
 
 
 class SelfSeededLayer(TransformerLayer):
-    """A decoder block whose initial weights depend on the part's seed and its number, not on who else is built."""
+    """A decoder block whose initial weights depend on the part's seed and its number, not on who else is built.
+
+    Of its `halves`, attention and MLP, one may be on another pipeline stage.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         layer_number: int = 1,
+        *,
+        halves: BlockHalves,
         **options: Any,
     ) -> None:
         layout, stage = config.pipeline_model_parallel_layout, options["pg_collection"].pp.rank()
         blocks_before = layout.get_layer_offset(pp_rank=stage) if layout else 0
         with seeded(torch.initial_seed() + blocks_before + layer_number):
             super().__init__(config, submodules, layer_number=layer_number, **options)
+        # Both halves are built first, since their initial weights are drawn one after the other.
+        if not halves.attention:
+            self.input_layernorm, self.self_attention = IdentityOp(), IdentityOp()
+            self.self_attn_bda = IdentityFuncOp()
+        if not halves.mlp:
+            self.pre_mlp_layernorm, self.mlp = IdentityOp(), IdentityOp()
+            self.mlp_bda = IdentityFuncOp()
         if not on_cuda() and type(self.mlp) is MLP:  # Megatron gives only its own class a group
             self.mlp.__class__ = GatedMlp
 
 
-def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` Llama decoder blocks and a final norm."""
+def block_submodules(blocks: Sequence[BlockHalves]) -> TransformerBlockSubmodules:
+    """Llama decoder blocks, whole or by half, and a final norm."""
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -72,7 +88,8 @@ def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
         layer.self_attention.submodules.core_attention = ScaledDotProductCoreAttention
         layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
     spec.module = SelfSeededLayer
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+    layers = [replace(spec, params={"halves": halves}) for halves in blocks]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def column_linear(

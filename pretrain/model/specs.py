@@ -97,7 +97,10 @@ def _megatron_layout(config: RunConfig, part: str) -> list[list[str]] | None:
     """Our placement of a stack of blocks, in Megatron's words; None where there is one stage, or no such stack."""
     if config.parallel.pipeline_parallel_size == 1 or part == "world_model":
         return None
-    rows = [["decoder"] * count for count in place_layers(config).layers_by_stage(part)]
+    # Megatron numbers a stage's blocks on from the rows before. A block that is cut is in the row of its MLP, so that
+    # both halves get its number.
+    placement, stages = place_layers(config), range(config.parallel.pipeline_parallel_size)
+    rows = [["decoder"] * placement.halves_on(part, stage).mlp for stage in stages]
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     return rows

@@ -28,19 +28,16 @@ class LlamaTrunk(MegatronModule):
     """Embedding (first stage), blocks and final norm (where the last block is), token head (last stage)."""
 
     def __init__(self, config: RunConfig, groups: ProcessGroupCollection) -> None:
-        model, layers_by_stage, stage = (
-            config.model,
-            place_layers(config).layers_by_stage("base"),
-            groups.pp.rank(),
-        )
+        model, placement, stage = config.model, place_layers(config), groups.pp.rank()
+        blocks = placement.blocks_on("base", stage)
         trunk_config = transformer_config(config, "base")
         super().__init__(config=trunk_config)
         self.tp_group = groups.tp
         self.has_embedding, self.has_head = stage == 0, stage == groups.pp.size() - 1
-        self.ends_here = sum(layers_by_stage[stage + 1 :]) == 0
+        self.ends_here = placement.complete_before("base", stage + 1)
         # A head beyond the last block needs the norm once more: the `reference` world model applies it to its state.
-        self.norm_is_copy = self.ends_here and layers_by_stage[stage] == 0
-        self.num_layers_here = layers_by_stage[stage]
+        self.norm_is_copy = self.ends_here and not blocks
+        self.num_layers_here = len(blocks)
         self.tied = model.tied_embeddings
         rows = model.padded_vocab_size // groups.tp.size()
         first_row = rows * groups.tp.rank()
@@ -60,7 +57,7 @@ class LlamaTrunk(MegatronModule):
         )
         self.decoder = TransformerBlock(
             config=trunk_config,
-            spec=block_submodules(self.num_layers_here),
+            spec=block_submodules(blocks),
             post_process=self.ends_here,
             pg_collection=groups,
         )

@@ -120,11 +120,13 @@ def _saved_bytes_a_token(config: RunConfig, placement: Placement, stage: int) ->
     query_size = model.num_attention_heads * model.head_size
     key_value_size = model.num_key_value_heads * model.head_size
     read_bytes = value_bytes if config.training.fp8 == "off" else 1  # of what products with weights read
-    inner = 3 * query_size + 3 * key_value_size + 2 * model.ffn_hidden_size
-    block = value_bytes * (2 * model.hidden_size / share + inner / tensor_size)
-    block += read_bytes * (2 * model.hidden_size / share + (query_size + model.ffn_hidden_size) / tensor_size)
-    block += _FP32_BYTES * model.num_attention_heads / tensor_size  # attention's log-sum-exp
-    saved = block * getattr(placement.stages[stage], config.stage)
+    # Each half its input, and that normed.
+    half = (value_bytes + read_bytes) * model.hidden_size / share
+    attention = value_bytes * 3 * (query_size + key_value_size) + read_bytes * query_size
+    attention += _FP32_BYTES * model.num_attention_heads  # log-sum-exp
+    mlp = (2 * value_bytes + read_bytes) * model.ffn_hidden_size
+    attentions, mlps = placement.halves_on(config.stage, stage)
+    saved = attentions * (half + attention / tensor_size) + mlps * (half + mlp / tensor_size)
     if stage == placement.last_stage_of(config.stage):  # final norm and head
         saved += value_bytes * 2 * model.hidden_size / share
     if config.stage == "idm" and stage == config.parallel.pipeline_parallel_size - 1:

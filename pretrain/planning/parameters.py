@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.placement import Placement
+from pretrain.placement import HalfCounts, Placement
 
-Place = Literal["block", "first", "end", "last"]
+Place = Literal["attention", "mlp", "first", "end", "last"]
 
 
 class TensorGroup(NamedTuple):
@@ -19,9 +19,9 @@ class TensorGroup(NamedTuple):
     part: str
     """Part of the model, as in the names of its parameters."""
     parameters: int
-    """How many, over all tensor-parallel ranks; of one block where `place` is "block"."""
+    """How many, over all tensor-parallel ranks; of one block where `place` is a half of it."""
     place: Place
-    """Pipeline stage: with each block, the first, the one where the part's blocks end, or the last."""
+    """Pipeline stage: with each block's attention or MLP, the first, the one where the part's blocks end, the last."""
     is_divided: bool = True
     """Shared out over the tensor-parallel ranks; else every rank has all of it."""
     is_block_linear: bool = False
@@ -54,24 +54,27 @@ def parameters_by_part(config: RunConfig) -> dict[str, int]:
     }
     counts = dict.fromkeys(built_parts(config), 0)
     for group in _tensor_groups(config):
-        counts[group.part] += group.parameters * (blocks[group.part] if group.place == "block" else 1)
+        counts[group.part] += group.parameters * (
+            blocks[group.part] if group.place in HalfCounts._fields else 1
+        )
     return counts
 
 
 def groups_on_stage(config: RunConfig, placement: Placement, stage: int) -> Iterator[TensorGroup]:
-    """The groups on one pipeline stage; a block's come multiplied by the number of blocks there.
+    """The groups on one pipeline stage; those of attentions and MLPs come multiplied by the number of them there.
 
     Copies included: stages after the base's last block hold its final norm too, and the last one the head of an
     embedding on the first.
     """
     last = len(placement.stages) - 1
     for group in _tensor_groups(config):
-        blocks = getattr(placement.stages[stage], group.part, 0)
-        if group.place == "block":
-            if blocks:
-                yield group._replace(parameters=group.parameters * blocks)
+        if group.place in HalfCounts._fields:
+            count = getattr(placement.halves_on(group.part, stage), group.place)
+            if count:
+                yield group._replace(parameters=group.parameters * count)
         elif group.place == "end":
-            if placement.complete_before(group.part, stage + 1) and (blocks or group.part == "base"):
+            is_here = group.part == "base" or placement.blocks_on(group.part, stage)
+            if is_here and placement.complete_before(group.part, stage + 1):
                 yield group
         elif stage == {"first": 0, "last": last}[group.place]:
             yield group
@@ -111,8 +114,10 @@ def _block_groups(part: str, model: ModelConfig) -> Iterator[TensorGroup]:
     """One decoder block: its products' weights, their biases, its two norms."""
     query_size = model.num_attention_heads * model.head_size
     qkv_size = query_size + 2 * model.num_key_value_heads * model.head_size
-    weights = model.hidden_size * (qkv_size + query_size + 3 * model.ffn_hidden_size)
-    yield TensorGroup(part, weights, "block", is_block_linear=True)
+    attention, mlp = qkv_size + query_size, 3 * model.ffn_hidden_size
+    yield TensorGroup(part, model.hidden_size * attention, "attention", is_block_linear=True)
+    yield TensorGroup(part, model.hidden_size * mlp, "mlp", is_block_linear=True)
     if model.qkv_bias:
-        yield TensorGroup(part, qkv_size, "block")
-    yield TensorGroup(part, 2 * model.hidden_size, "block", is_divided=False)
+        yield TensorGroup(part, qkv_size, "attention")
+    yield TensorGroup(part, model.hidden_size, "attention", is_divided=False)
+    yield TensorGroup(part, model.hidden_size, "mlp", is_divided=False)

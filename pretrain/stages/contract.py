@@ -32,13 +32,13 @@ class Carry(NamedTuple):
     """What one pipeline stage hands to the next: as much of it as there is at that place of the chain."""
 
     hidden_SBH: torch.Tensor | None = None
-    """The base's state, finished or between two blocks."""
+    """The base's state, finished or on its way through the blocks."""
     idm: torch.Tensor | None = None
-    """The IDM's state [S, B, H] between two blocks, or its finished logits [S, B, A]."""
+    """The IDM's state [S, B, H] on its way, or its finished logits [S, B, A]."""
     labels_SB: torch.Tensor | None = None
     """The actions the policy is to choose, stage `policy`."""
     policy_SBH: torch.Tensor | None = None
-    """The policy's state between two blocks."""
+    """The policy's state on its way."""
 
 
 @dataclass

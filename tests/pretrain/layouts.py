@@ -11,12 +11,19 @@ from tests.pretrain.tiny_runs import MODEL, STARTS, tiny_recipe
 
 GLOBAL_BATCH_SIZE = 8
 STEPS = 3
-# Cuts within the base, the IDM and the policy, after the IDM, and a last stage of heads alone.
-FOUR_STAGES = {
-    "base": "base*1 | base*1 | base*1 | base*1",
-    "idm": "base*2 | base*2 idm*1 | idm*1 | ",
-    "policy": "base*3 | base*1 idm*1 | idm*1 policy*1 | policy*1",
+# Between attention and MLP of a block: of the trained base, the frozen base, the frozen IDM.
+TWO_STAGES = {
+    "base": "base*1.5 | base*2.5",
+    "idm": "base*3.5 | base*0.5 idm*2",
+    "policy": "base*4 idm*1.5 | idm*0.5 policy*2",
 }
+# Cuts within the base, the IDM and the policy, after the IDM, a stage of one MLP, and a last stage of heads alone.
+FOUR_STAGES = {
+    "base": "base*1 | base*1.5 | base*0.5 | base*1",
+    "idm": "base*2 | base*2 idm*0.5 | idm*1.5 | ",
+    "policy": "base*3 | base*1 idm*1 | idm*1 policy*0.5 | policy*1.5",
+}
+CUTS = {1: {}, 2: TWO_STAGES, 4: FOUR_STAGES}
 WITHIN_IDM = {"idm": "base*4 idm*1 | idm*1"}
 
 
@@ -54,8 +61,7 @@ def _matrix() -> dict[str, Layout]:
     for tensor, sequence in ((1, False), (2, False), (2, True)):
         for pipeline in (1, 2, 4):
             for data in (1, 2):
-                cuts = tuple(FOUR_STAGES.items()) if pipeline == 4 else ()
-                layout = Layout(tensor, pipeline, data, sequence, layouts=cuts)
+                layout = Layout(tensor, pipeline, data, sequence, layouts=tuple(CUTS[pipeline].items()))
                 if layout.name not in OF_ALL_STAGES:
                     layout = replace(layout, stages=("idm",))
                 layouts[layout.name] = layout
@@ -79,6 +85,8 @@ FAULTS = {
     "boundary_without_gradient": Layout(pipeline=2, stages=("idm",), layouts=tuple(WITHIN_IDM.items())),
     "label_loss_of_one_vocabulary_part": Layout(tensor=2, stages=("idm",)),
     "layers_in_another_order": Layout(pipeline=2, stages=("policy",)),
+    "halves_exchanged": Layout(pipeline=2, stages=("idm",), layouts=tuple(TWO_STAGES.items())),
+    "halves_on_both_stages": Layout(pipeline=2, stages=("base",), layouts=tuple(TWO_STAGES.items())),
 }
 """Each is a mistake that a layout can make, planted by tests/pretrain/layouts_worker.py."""
 

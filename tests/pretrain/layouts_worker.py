@@ -6,7 +6,7 @@ layout, since gloo keeps the threads of every group it made.
 
 # ruff: noqa: E402  Megatron is imported after the redirects
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain import cpu_redirects
@@ -15,13 +15,16 @@ cpu_redirects.apply()
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 import pretrain.model.token_loss
+import pretrain.model.trunk
 import pretrain.model.world_model
 import pretrain.pipeline
 import pretrain.stages.idm
 from pretrain.model.norm import RmsNorm
 from pretrain.model.trunk import LlamaTrunk
+from pretrain.placement import BlockHalves
 from pretrain.run import train
 from pretrain.train_loop import TrainLoop
 from tests.forked_ranks import run_ranks
@@ -31,6 +34,7 @@ WHOLE_NOISE = pretrain.stages.idm.gumbel_noise
 WHOLE_NORM = RmsNorm.__init__
 WHOLE_LOSSES = pretrain.model.token_loss._losses_to_probabilities
 WHOLE_HIDDEN = LlamaTrunk.hidden
+WHOLE_SUBMODULES = pretrain.model.trunk.block_submodules
 
 
 def train_layout(name: str, layout: Layout, data: Path, reference: Path, output: Path) -> None:
@@ -98,6 +102,16 @@ def hidden_in_another_order(
         self.decoder.layers = whole
 
 
+def halves_exchanged(blocks: Sequence[BlockHalves]) -> TransformerBlockSubmodules:
+    """The fault of an MLP on the stage before and its attention on the one after."""
+    return WHOLE_SUBMODULES([BlockHalves(attention=block.mlp, mlp=block.attention) for block in blocks])
+
+
+def halves_on_both_stages(blocks: Sequence[BlockHalves]) -> TransformerBlockSubmodules:
+    """The fault of running all of a block that is cut twice."""
+    return WHOLE_SUBMODULES([BlockHalves() for _ in blocks])
+
+
 PLANTED: dict[str, tuple[object, str, object]] = {
     "noise_by_rank": (pretrain.stages.idm, "gumbel_noise", noise_by_rank),
     "choice_gradient_not_summed": (
@@ -113,6 +127,8 @@ PLANTED: dict[str, tuple[object, str, object]] = {
         losses_of_own_part,
     ),
     "layers_in_another_order": (LlamaTrunk, "hidden", hidden_in_another_order),
+    "halves_exchanged": (pretrain.model.trunk, "block_submodules", halves_exchanged),
+    "halves_on_both_stages": (pretrain.model.trunk, "block_submodules", halves_on_both_stages),
 }
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import RunConfig
-from pretrain.flops import flops_per_token
+from pretrain.flops import flops_per_token, half_block_flops
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
 from pretrain.recipes import load_recipe
@@ -46,6 +46,14 @@ def test_full_size_figures_are_the_known_ones() -> None:
     for figure, found in known.items():
         assert found == pytest.approx([figure] * len(found), abs=0.0006)
     assert sum(policy.values()) == pytest.approx(27.18, abs=0.01)
+
+
+def test_a_block_is_mostly_its_mlp() -> None:
+    """Llama-3.1-8B at 2048 tokens: 4 x 4096 x 5120 products and 2048 x 8192 of scores, beside 6 x 4096 x 14336."""
+    config = load_recipe(CONFIGS / "idm_llama31_8b.yaml", [])
+    attention, mlp = half_block_flops(config.model, config.data.sequence_length)
+    assert (attention, mlp) == (4 * 4096 * 5120 + 2048 * 8192, 6 * 4096 * 14336)
+    assert 32 * (attention + mlp) == flops_per_token(config)["base forward"]
 
 
 def test_merge_layers_need_less_than_on_the_concatenation() -> None:

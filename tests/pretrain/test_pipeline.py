@@ -41,7 +41,7 @@ def test_base_states_carry_gradients_in_a_base_run() -> None:
 
 
 def test_nothing_comes_back_into_a_frozen_base() -> None:
-    """base*2 | base*2 idm*1 | idm*1 | heads: gradients for the IDM's state and logits, never for the base's state."""
+    """base*2 | base*2 idm*0.5 | idm*1.5 | heads: gradients for the IDM's state and logits, none for the base's."""
     assert crossings(recipe("idm"), training=True) == [
         {"hidden_SBH": False},
         {"hidden_SBH": False, "idm": True},
@@ -50,7 +50,7 @@ def test_nothing_comes_back_into_a_frozen_base() -> None:
 
 
 def test_the_policy_stage_sends_labels_and_then_only_its_own_state_back() -> None:
-    """base*3 | base*1 idm*1 | idm*1 policy*1 | policy*1: the frozen IDM gets no gradient either."""
+    """base*3 | base*1 idm*1 | idm*1 policy*0.5 | policy*1.5: the frozen IDM gets no gradient either."""
     assert crossings(recipe("policy"), training=True) == [
         {"hidden_SBH": False},
         {"hidden_SBH": False, "idm": False},

@@ -1,6 +1,7 @@
 """Which modules the model is made of, what is FP8 in them, and that either kind reads the other's checkpoints.
 
 Transformer Engine's modules are constructed here, not run: their kernels need a GPU.
+Shapes: S sequence, B batch, H hidden.
 """
 
 import json
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from pretrain.model import kernels, specs
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
+from pretrain.placement import BlockHalves
 from tests.pretrain.tiny_runs import tiny_recipe
 from tests.repository_rules import ROOT
 
@@ -66,6 +70,35 @@ def test_fp8_by_part(stage: str, fp8: str, base_fp8: str) -> None:
             name,
         )
         assert answer.fp8_param == (part == "base" and stage != "base" and base_fp8 != "off")
+
+
+def test_two_halves_are_the_block(context: ParallelContext) -> None:
+    """The same initial weights, each once, and the same state to the last bit; the twin runs the MLP first."""
+    recipe = tiny_recipe("base", Path("run"), Path("data"))
+    config = specs.transformer_config(recipe, "base")
+
+    def built(halves: BlockHalves) -> TransformerBlock:
+        with specs.seeded(1):
+            spec = kernels.block_submodules([halves])
+            return TransformerBlock(config, spec, post_process=False, pg_collection=context.groups)
+
+    whole, attention, mlp = (
+        built(BlockHalves()), built(BlockHalves(mlp=False)), built(BlockHalves(attention=False))
+    )  # fmt: skip
+    halves = [*attention.named_parameters(), *mlp.named_parameters()]
+    expected = dict(whole.named_parameters())
+    assert sorted(name for name, _ in halves) == sorted(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in halves)
+    rotary = ColaModel(recipe, context.groups, ("base",)).base.rotary(8)
+
+    def run(state_SBH: torch.Tensor, *blocks: TransformerBlock) -> torch.Tensor:
+        for block in blocks:
+            state_SBH = block(hidden_states=state_SBH, attention_mask=None, rotary_pos_emb=rotary)
+        return state_SBH
+
+    state_SBH = torch.randn(8, 2, config.hidden_size)
+    assert torch.equal(run(state_SBH, attention, mlp), run(state_SBH, whole))
+    assert not torch.allclose(run(state_SBH, mlp, attention), run(state_SBH, whole), rtol=1e-3)
 
 
 def check_kinds(modules: dict[str, str], kind: str) -> None:

@@ -7,6 +7,7 @@ Started by tests/pretrain/planning/test_parameters.py, with the folder OUTPUT.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pretrain import cpu_redirects
 
@@ -21,12 +22,14 @@ from pretrain.stages.registry import stage_class
 from tests.forked_ranks import run_ranks
 from tests.pretrain.tiny_runs import tiny_recipe
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "idm_tensor": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "policy_tensor": {"tensor_parallel_size": 2},
     "idm_pipeline": {"pipeline_parallel_size": 2},
     "policy_pipeline": {"pipeline_parallel_size": 2},
     "policy_tied": {"pipeline_parallel_size": 2},
+    "idm_halves": {"pipeline_parallel_size": 2, "pipeline_layout": "base*2.5 | base*2.5 idm*3"},
+    "policy_halves": {"pipeline_parallel_size": 2, "pipeline_layout": "base*5 idm*3 policy*1.5 | policy*1.5"},
 }
 
 

@@ -17,6 +17,7 @@ import pretrain.model.token_loss
 from pretrain.config import RunConfig
 from pretrain.model.cola import ColaModel
 from pretrain.parallel import ParallelContext
+from pretrain.placement import BlockHalves, Placement
 from pretrain.planning import memory
 from pretrain.planning.memory import Kind, fullest_stage_memory, stage_memory
 from pretrain.recipes import load_recipe
@@ -123,6 +124,28 @@ def test_activations_are_about_what_autograd_keeps(context: ParallelContext, sta
     assert wanted * (blocks + 1) / blocks != pytest.approx(
         saved, rel=0.15
     )  # the fault twin: a block too many
+
+
+def test_attention_without_its_mlp_keeps_its_share(
+    context: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before a cut within a block; the rest of a whole block is the MLP's. Twins: plans for that and for both."""
+    config, blocks_on = recipe("policy", "fp32"), Placement.blocks_on
+
+    def planned(held: BlockHalves) -> float:
+        """With policy blocks of which only so much is here."""
+
+        def with_halves(self: Placement, part: str, stage: int) -> list[BlockHalves]:
+            return [held, held] if part == "policy" else blocks_on(self, part, stage)
+
+        monkeypatch.setattr(Placement, "blocks_on", with_halves)
+        return stage_memory(config, 1, 0)["activations"]
+
+    wanted = planned(BlockHalves(mlp=False))
+    saved = saved_bytes(config, context)
+    assert wanted == pytest.approx(saved, rel=0.15)
+    assert planned(BlockHalves(attention=False)) != pytest.approx(saved, rel=0.15)
+    assert planned(BlockHalves()) != pytest.approx(saved, rel=0.15)
 
 
 def saved_bytes(config: RunConfig, context: ParallelContext) -> int:
