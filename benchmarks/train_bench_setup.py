@@ -21,8 +21,8 @@ from pretrain.recipes import dump_recipe, recipe_from_fields
 
 # The stage whose checkpoint each stage starts from.
 START_OF: dict[StageName, StageName | None] = {"base": None, "idm": "base", "policy": "idm"}
-# One more than a step reads ahead, so that the last timed step has as much to do as the others.
-SPARE_STEPS = 2
+# One more than are read ahead, so that the last timed step has as much to do as the others.
+SPARE_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class TrainBenchSizes:
     """Tokens a sample."""
     micro_batch_size: int
     """Sequences at once."""
+    base_micro_batch_size: int
+    """Sequences at once through a frozen base, where the way has it apart."""
     global_batch_size: int
     """Sequences a step."""
     corpus_mb: float
@@ -74,6 +76,7 @@ DEFAULT_SIZES = TrainBenchSizes(
     num_policy_layers=4,
     sequence_length=256,
     micro_batch_size=4,
+    base_micro_batch_size=8,
     global_batch_size=8,
     corpus_mb=12,
     train_tokens=800_000,
@@ -91,6 +94,7 @@ SMALL_SIZES = TrainBenchSizes(
     num_policy_layers=2,
     sequence_length=32,
     micro_batch_size=2,
+    base_micro_batch_size=4,
     global_batch_size=4,
     corpus_mb=1.5,
     train_tokens=100_000,
@@ -118,6 +122,7 @@ def bench_recipe(
                 "steps": steps,
                 "global_batch_size": sizes.global_batch_size,
                 "micro_batch_size": sizes.micro_batch_size,
+                "base_micro_batch_size": None if stage == "base" else sizes.base_micro_batch_size,
                 "precision": "fp32",
             },
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "decay_steps": 1000},

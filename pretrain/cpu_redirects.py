@@ -197,17 +197,9 @@ def _speed_up_products() -> None:
 
 
 def _shorten_rotation() -> None:
-    """Megatron takes cosines and sines anew for queries and keys of every block, and copies what it does not turn."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    def rotate(heads: torch.Tensor, angles: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        assert angles.shape[-1] == heads.shape[-1], "every channel of a head is turned"
-        tables = getattr(angles, "tables", None)
-        if tables is None:  # one tensor of angles serves all blocks of a stack
-            tables = angles.tables = angles.cos(), angles.sin()  # type: ignore[attr-defined]
-        cosine, sine = (table.to(heads.dtype) for table in tables)
-        first, second = heads.chunk(2, -1)
-        return heads * cosine + torch.cat((-second, first), -1) * sine  # rounded as in other implementations
+    from pretrain.model.rotation import rotate
 
     rope_utils._apply_rotary_pos_emb_bshd = rotate
 
