@@ -122,8 +122,9 @@ def _saved_bytes_a_token(config: RunConfig, placement: Placement, stage: int) ->
     read_bytes = value_bytes if config.training.fp8 == "off" else 1  # of what products with weights read
     # Each half its input, and that normed.
     half = (value_bytes + read_bytes) * model.hidden_size / share
-    attention = value_bytes * 3 * (query_size + key_value_size) + read_bytes * query_size
-    attention += _FP32_BYTES * model.num_attention_heads  # log-sum-exp
+    # Queries, keys, values, and what attention makes of them, which the projection after it reads.
+    attention = value_bytes * 2 * (query_size + key_value_size) + _FP32_BYTES * model.num_attention_heads
+    attention += 0 if config.training.fp8 == "off" else read_bytes * query_size
     mlp = (2 * value_bytes + read_bytes) * model.ffn_hidden_size
     attentions, mlps = placement.halves_on(config.stage, stage)
     saved = attentions * (half + attention / tensor_size) + mlps * (half + mlp / tensor_size)
