@@ -27,6 +27,7 @@ cpu_redirects.apply()
 from megatron.core import dist_checkpointing
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from data_prep.errors import UserError
@@ -37,6 +38,7 @@ from pretrain.model import kernels, specs
 from pretrain.model.cola import ColaModel
 from pretrain.optimization import build_optimizer, wrap_for_data_parallel
 from pretrain.parallel import ParallelContext, parallel_context
+from pretrain.placement import BlockHalves
 from pretrain.recipes import recipe_fields
 from pretrain.stages.registry import stage_class
 from tests.pretrain.tiny_runs import save_now, tiny_recipe
@@ -222,6 +224,17 @@ def resume_delayed(context: ParallelContext, folder: Path) -> dict[str, Any]:
     }
 
 
+def half_parameters(context: ParallelContext) -> dict[str, list[str]]:
+    """Names of the parameters of a base block and of its halves, as local modules have them."""
+    config, held = specs.transformer_config(recipe("base"), "base"), {}
+    kinds = {"whole": BlockHalves(), "attention": BlockHalves(mlp=False), "mlp": BlockHalves(attention=False)}
+    for name, halves in kinds.items():
+        spec = kernels.block_submodules([halves])
+        block = TransformerBlock(config, spec, post_process=False, pg_collection=context.groups)
+        held[name] = sorted(kernels.local_name(f"block.{key}") for key, _ in block.named_parameters())
+    return held
+
+
 def main() -> None:
     """Entry point."""
     kind, folder = sys.argv[1], Path(sys.argv[2])
@@ -235,6 +248,7 @@ def main() -> None:
         result["optimizer"] = exchange_optimizer(context, folder, kind, other)
         result["stages"] = {stage: describe(build(context, recipe(stage))) for stage in ("base", "idm")}
         result["stages"]["policy"] = describe(model)
+        result["halves"] = half_parameters(context)
         if WITH_TRANSFORMER_ENGINE:
             choices = [("idm", "off"), ("idm", "tensorwise"), ("idm", "delayed"), ("policy", "tensorwise"),
                        ("policy", "blockwise"), ("base", "tensorwise")]  # fmt: skip

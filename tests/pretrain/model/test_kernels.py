@@ -205,6 +205,15 @@ def test_either_goes_on_with_the_others_optimizer(
     assert read["held"]["steps"] == [1]
 
 
+def test_halves_of_transformer_engines_blocks(built: dict[str, dict[str, Any]]) -> None:
+    """Attention and MLP, each with the norm before it, and together the block; the same as of local modules."""
+    halves = built["transformer_engine"]["halves"]
+    assert halves == built["first"]["halves"]
+    assert sorted(halves["attention"] + halves["mlp"]) == halves["whole"]
+    assert all("attention" in name or "input_layernorm" in name for name in halves["attention"])
+    assert len(halves["attention"]) == 4 and len(halves["mlp"]) == 3
+
+
 CLASSES = {
     "tensorwise": "Float8CurrentScaling",
     "blockwise": "Float8BlockScaling",
