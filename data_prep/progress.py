@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -37,7 +37,8 @@ def progress_bar(
         delay_seconds: what takes less shows nothing.
         shown: False shows nothing at all.
     """
-    seconds = _seconds_between()
+    on_terminal = sys.stderr.isatty()
+    seconds = float(os.environ.get(INTERVAL_VARIABLE, TERMINAL_SECONDS if on_terminal else LOG_SECONDS))
     return tqdm(
         total=total,
         desc=name,
@@ -49,23 +50,16 @@ def progress_bar(
         disable=not shown,
         mininterval=seconds,
         maxinterval=max(seconds, 10.0),
-        file=_stream(),
+        file=sys.stderr if on_terminal else _WholeLines(sys.stderr),
     )
 
 
-def with_progress(items: Collection[Item], name: str, *, leave: bool = True) -> "tqdm[Item]":
+def with_progress(items: Collection[Item], name: str, *, leave: bool = True) -> Iterator[Item]:
     """The items, one after another, with a bar."""
-    seconds = _seconds_between()
-    return tqdm(items, name, leave=leave, mininterval=seconds, maxinterval=max(seconds, 10.0), file=_stream())
-
-
-def _seconds_between() -> float:
-    usual = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-    return float(os.environ.get(INTERVAL_VARIABLE, usual))
-
-
-def _stream() -> "TextIO | _WholeLines":
-    return sys.stderr if sys.stderr.isatty() else _WholeLines(sys.stderr)
+    with progress_bar(name, len(items), unit="it", leave=leave) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 class _WholeLines:
